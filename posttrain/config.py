@@ -1,0 +1,280 @@
+"""One config file describes one experiment: typed, frozen records, read from YAML and overridden on the command line.
+
+Checks of single fields live here, checks that need two sections (or the model, or the machine) in `experiment.py`.
+"""
+
+import difflib
+from collections.abc import Hashable, Sequence
+from typing import Annotated, Any, Literal
+
+import pydantic
+import tyro
+import yaml
+from etils import epath
+from pydantic import BaseModel, ConfigDict, Field
+
+from posttrain.errors import UserError, UserErrors
+
+Switch = Annotated[bool, tyro.conf.FlagConversionOff]
+"""On the command line it takes a value, as every config key does: `--data.packing False`."""
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, unknown keys and non-finite numbers are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class RunConfig(Section):
+    dir: str = "runs/default"
+    """Where the run lives: checkpoints, metrics, the resolved config, the export. Any path that epath opens."""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    """Seed of data order and of everything random."""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """auto: go on from the last checkpoint if there is one; never: refuse a directory that has one; must: refuse one
+    that has none."""
+
+
+class ModelConfig(Section):
+    path: str = ""
+    """Hugging Face directory, hub id, or an exported run."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute dtype; auto: bfloat16 on accelerators, float32 on CPU."""
+    params_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the parameters that the optimizer updates."""
+    attention: Literal["auto", "reference", "chunked"] = "auto"
+    """reference: quadratic memory; chunked: linear memory, skips blocks of other segments and of the future."""
+    remat: Literal["none", "minimal", "dots", "full", "offload"] = "dots"
+    """What the backward pass recomputes: none keeps every activation; minimal recomputes elementwise work only; dots
+    keeps the results of matrix products with weights; full keeps the layers' inputs only."""
+    lora: Annotated[dict[str, Any] | None, tyro.conf.Suppress] = None
+    """Low-rank adapters (not served yet)."""
+
+
+class TokenizerConfig(Section):
+    path: str | None = None
+    """Default: the model's own."""
+    chat_template: str | None = None
+    """A .jinja file or the built-in `chatml`; base models need one."""
+    add_special_tokens: tuple[str, ...] = ()
+    """New tokens (not served yet)."""
+    eos_token: str | None = None
+    """Another end-of-sequence token, from the vocabulary."""
+
+
+class SourceConfig(Section):
+    path: str = ""
+    """JSONL, JSON or Parquet file of `messages`, prompt-completion or `text` rows."""
+    weight: float = Field(default=1.0, gt=0)
+    """Share in a mixture (only 1.0 is served yet)."""
+    format: Literal["auto", "messages", "prompt_completion", "text"] = "auto"
+    """auto: recognised from the columns."""
+
+
+class HeldoutConfig(Section):
+    path: str | None = None
+    """A file of its own for held-out loss."""
+    fraction: float = Field(default=0.02, ge=0, lt=1)
+    """Without a path: this share of the training samples is held out."""
+
+
+class DataConfig(Section):
+    train: tuple[SourceConfig, ...] = (SourceConfig(),)
+    """Training files."""
+    heldout: HeldoutConfig = HeldoutConfig()
+    max_length: int = Field(default=4096, ge=2)
+    """Longest sample, in tokens."""
+    row_length: int = Field(default=8192, ge=2)
+    """Length of a packed row, in tokens; at least max_length."""
+    packing: Switch = True
+    """Several samples in one row, isolated from each other."""
+    truncation: Literal["keep_start", "keep_end", "drop"] = "keep_start"
+    """What becomes of samples longer than max_length. They are counted."""
+    loss_on: Literal["assistant", "completion", "last_assistant", "all"] = "assistant"
+    """Which tokens are trained on."""
+    epochs: int = Field(default=1, ge=1)
+    """Passes over the data; train.max_steps, when set, decides instead."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """skip: bad rows are written to rejects.jsonl, up to max_bad_rows."""
+    max_bad_rows: int = Field(default=100, ge=0)
+    """With on_bad_row skip: more bad rows than this are an error."""
+    cache_dir: str | None = None
+    """Where tokenized data is kept; default: ~/.cache/posttrain/tokens (or $XDG_CACHE_HOME)."""
+
+
+class ObjectiveConfig(BaseModel):
+    """The loss by name; its own parameters stand beside the name and are checked where the loss is built."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False, use_attribute_docstrings=True)
+    name: str = "sft"
+    """Which loss: sft."""
+
+
+class TrainConfig(Section):
+    global_batch_size: int = Field(default=64, ge=1)
+    """Rows per optimizer step, over all devices and processes."""
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    """Rows per accumulation step, over all devices; default: as few as the mesh allows."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Stop after this many steps instead of after data.epochs."""
+    grad_reduce_dtype: Literal["float32", "bfloat16"] | None = None
+    """Dtype in which gradients are reduced; default: the compute dtype."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradient is not finite changes nothing; then stop (with its rows saved), or go on."""
+
+
+class OptimizerConfig(Section):
+    name: Literal["adamw"] = "adamw"
+    learning_rate: float = Field(default=2e-5, ge=0)
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    """After the warm-up: constant; linear or cosine decay to min_learning_rate_ratio; wsd: constant, then linear decay
+    over the last fifth of the steps."""
+    warmup_ratio: float = Field(default=0.03, ge=0, le=1)
+    """Share of all steps over which the learning rate rises linearly from 0."""
+    min_learning_rate_ratio: float = Field(default=0.0, ge=0, le=1)
+    """Where a decay ends, as a share of learning_rate."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    epsilon: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled decay, multiplied by the learning rate."""
+    no_decay: tuple[str, ...] = (".*norm/scale", ".*/bias")
+    """Parameters without decay: regular expressions of whole names, with an optional layer range
+    (`layers[0:12]/.*`)."""
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
+    """Clip the gradient to this global norm; null: never."""
+    freeze: tuple[str, ...] = ()
+    """Parameters that are not trained: regular expressions as in no_decay."""
+
+
+class MeshConfig(Section):
+    """Sizes of the mesh axes; one of them may be -1: whatever devices remain."""
+
+    replica: int = 1
+    """Across slices (only 1 is served yet)."""
+    data: int = 1
+    """Rows are split, parameters are repeated."""
+    fsdp: int = -1
+    """Rows are split, and so are parameters and optimizer state."""
+    context: int = 1
+    """Tokens of a row are split (only 1 is served yet)."""
+    tensor: int = 1
+    """Heads, MLP width and vocabulary are split."""
+    expert: int = 1
+    """Experts are split (only 1 is served yet)."""
+
+
+class CheckpointConfig(Section):
+    every: int = Field(default=500, ge=1)
+    """Steps between checkpoints; the last step is always saved."""
+    keep_last: int = Field(default=2, ge=1)
+    keep_best: int = Field(default=1, ge=0)
+    """Checkpoints kept for the lowest held-out loss, beside the last ones."""
+    export_at_end: Switch = True
+    """Write the Hugging Face directory when training ends."""
+
+
+class EvaluateConfig(Section):
+    every: int = Field(default=100, ge=1)
+    """Steps between held-out losses; the start and the end are always evaluated."""
+
+
+class LogConfig(Section):
+    every: int = Field(default=1, ge=1)
+    """Steps between logged metrics."""
+    tensorboard: Switch = True
+    wandb: str | None = None
+    """Weights & Biases project (not served yet)."""
+    profile_steps: tuple[int, int] | None = None
+    """First and last step of a profile written to the run directory."""
+
+
+class Config(Section):
+    """One experiment."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: DataConfig = DataConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    reference: Annotated[dict[str, Any] | None, tyro.conf.Suppress] = None
+    """The reference model of preference losses (not served yet)."""
+    train: TrainConfig = TrainConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    log: LogConfig = LogConfig()
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML's own loader lets the last of two equal keys win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice in one section; remove one", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def load_config(path: str) -> Config:
+    """Reads a YAML config. Raises `UserErrors` with every unknown key and wrong value at once."""
+    file = epath.Path(path)
+    if not file.is_file():
+        hint = " (it is a directory)" if file.is_dir() else ""
+        raise UserError(f"{path}: no such config file{hint}; see configs/ for examples")
+    try:
+        raw = yaml.load(file.read_text(), Loader=_UniqueKeyLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from error
+    raw = {} if raw is None else raw
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: a config is a mapping of sections, this is a {type(raw).__name__}")
+    return parse_config(raw, path)
+
+
+def parse_config(raw: dict[str, Any], origin: str) -> Config:
+    """Validates a raw mapping; `origin` names it in errors."""
+    try:
+        return Config.model_validate(raw)
+    except pydantic.ValidationError as error:
+        raise UserErrors([f"{origin}: {problem}" for problem in describe_errors(error, Config)]) from error
+
+
+def describe_errors(error: pydantic.ValidationError, model: type[BaseModel]) -> list[str]:
+    """One line for each problem: key, value, constraint, and the nearest valid name for an unknown key."""
+    lines = []
+    for item in error.errors(include_url=False):
+        key = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            names = _field_names(model, item["loc"][:-1])
+            near = difflib.get_close_matches(str(item["loc"][-1]), names, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(names)}"
+            lines.append(f"{key}: unknown key; {hint}")
+        else:
+            lines.append(f"{key} = {item['input']!r}: {item['msg'][:1].lower()}{item['msg'][1:]}")
+    return lines
+
+
+def _field_names(model: Any, loc: Sequence[int | str]) -> list[str]:
+    """Names that are valid at a place inside nested models (list positions are passed through)."""
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        args = [a for a in getattr(annotation, "__args__", ()) if isinstance(a, type) and issubclass(a, BaseModel)]
+        model = args[0] if args else annotation
+    return list(model.model_fields)
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML; `load_config` reads it back equal."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

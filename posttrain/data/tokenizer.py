@@ -1,0 +1,301 @@
+"""Text to token ids and conversations to text: one interface over the fast tokenizers of `transformers`.
+
+Second stop of the data path, after `formats.py`: `chat.py` renders and encodes rows through it, `generate` and `chat`
+feed the model through it, and an export writes it next to the weights. Ids and rendering are those of `transformers`
+(`apply_chat_template`), which the tests hold it to; what is added here is speed, character offsets, a clock that stands
+still, and errors that say what to do.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from etils import epath
+from jaxtyping import Bool, Int32
+
+from posttrain.data.tokenizer_files import import_transformers, load_files, read_template, set_eos
+from posttrain.errors import UserError
+
+_TEMPLATE_FAILURES = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+"""What a template's own expressions can raise: `raise_exception`, `1 + 'a'`, `messages[9]`, ..."""
+
+Offsets = tuple[Int32[np.ndarray, "n"], Int32[np.ndarray, "n 2"]]
+
+
+class RenderError(UserError):
+    """The chat template refuses or fails on a conversation."""
+
+
+class Tokenizer:
+    """A fast tokenizer with its chat template, as `transformers` has them.
+
+    `clock` is the time that templates see through `strftime_now` (Llama 3.1's writes today's date). It stands still, so
+    that every rendering by one tokenizer agrees; a run that is resumed on another day passes the first day's again.
+    """
+
+    def __init__(self, hf: Any, *, source: str, generation_stop_ids: Iterable[int] = (), clock: datetime | None = None):
+        self._hf = hf
+        self._backend = hf.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._backend.encode_special_tokens = bool(getattr(hf, "split_special_tokens", False))
+        self._generation_stop_ids = tuple(generation_stop_ids)
+        self._clock_is_pinned = clock is not None
+        self.source = source
+        self.clock = clock or datetime.now()
+        self.encode_cached = lru_cache(maxsize=4096)(lambda text: tuple(self.encode(text)))
+        """`encode` as a tuple, remembered: for the few texts, such as a turn's header, that come back in every row."""
+        self.roles_left_out = lru_cache(maxsize=4096)(self._roles_left_out)
+        """Indices of the messages that the template silently leaves out of conversations with these roles."""
+
+    @classmethod
+    def load(
+        cls,
+        path: str,
+        *,
+        revision: str | None = None,
+        chat_template: str | None = None,
+        eos_token: str | None = None,
+        clock: datetime | None = None,
+    ) -> "Tokenizer":
+        """Read a tokenizer from a model directory (any path epath opens) or a hub id.
+
+        `chat_template` replaces the tokenizer's own: a built-in name or the path of a Jinja file. `eos_token` replaces
+        the end token. Code from the hub is never run. Raises UserError.
+        """
+        hf, generation_stop_ids = load_files(path, revision)
+        if eos_token is not None:
+            set_eos(hf, eos_token, path)
+        if chat_template is not None:
+            hf.chat_template = read_template(chat_template, hf)
+        return cls(hf, source=path, generation_stop_ids=generation_stop_ids, clock=clock)
+
+    # ---- identity -----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Highest token id + 1."""
+        return max(self._hf.get_vocab().values()) + 1
+
+    @property
+    def bos_id(self) -> int | None:
+        return self._hf.bos_token_id
+
+    @property
+    def eos_id(self) -> int | None:
+        return self._hf.eos_token_id
+
+    @property
+    def pad_id(self) -> int | None:
+        return self._hf.pad_token_id
+
+    @cached_property
+    def added_tokens(self) -> dict[str, int]:
+        """Special and added tokens: their text is cut out before anything else is tokenized."""
+        return {token.content: id for id, token in self._backend.get_added_tokens_decoder().items()}
+
+    @cached_property
+    def added_texts(self) -> dict[int, str]:
+        """`added_tokens` by id."""
+        return {id: text for text, id in self.added_tokens.items()}
+
+    @cached_property
+    def added_ids(self) -> frozenset[int]:
+        """Ids of `added_tokens`."""
+        return frozenset(self.added_tokens.values())
+
+    @cached_property
+    def cut_ids(self) -> frozenset[int]:
+        """Added tokens at which text falls apart into pieces that are tokenized on their own.
+
+        Left out are those that need more than their own text to be found: normalized text, or whole words.
+        """
+        normalizer = self._backend.normalizer
+        normalizes = normalizer is not None and json.loads(normalizer.__getstate__()).get("normalizers") != []
+        tokens = self._backend.get_added_tokens_decoder().items()
+        return frozenset(id for id, t in tokens if not t.single_word and not (normalizes and t.normalized))
+
+    @cached_property
+    def _is_cut_id(self) -> Bool[np.ndarray, "V"]:
+        table = np.zeros(self.vocab_size, bool)
+        table[list(self.cut_ids)] = True
+        return table
+
+    def is_cut(self, ids: Int32[np.ndarray, "n"]) -> Bool[np.ndarray, "n"]:
+        """Which of the tokens are `cut_ids`."""
+        return self._is_cut_id[ids]
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end a generation: eos, those of generation_config.json, and the one that ends a rendered turn."""
+        ids = list(self._known_stop_ids)
+        if self.chat_template is not None:
+            probe = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]
+            try:
+                stop = self.stop_at_end(self.render(probe))
+            except RenderError:
+                stop = None  # a template for another kind of conversation: rows will say so
+            ids.extend([] if stop is None else [stop[1]])
+        return tuple(dict.fromkeys(ids))
+
+    @cached_property
+    def stop_texts(self) -> tuple[str, ...]:
+        """The `stop_ids` as they stand in text."""
+        return tuple(self.added_texts[id] for id in self.stop_ids if id in self.added_texts)
+
+    @property
+    def _known_stop_ids(self) -> tuple[int, ...]:
+        return (*(() if self.eos_id is None else (self.eos_id,)), *self._generation_stop_ids)
+
+    @cached_property
+    def chat_template(self) -> str | None:
+        """The Jinja source, or None where the model has none."""
+        template = self._hf.chat_template
+        if isinstance(template, dict):
+            template = template.get("default")
+        return template
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of all that changes ids or rendering. The clock counts only where it was given."""
+        parts = {
+            "tokenizer": self._backend.to_str(),
+            "split_special_tokens": self._backend.encode_special_tokens,
+            "template": self.chat_template,
+            "special_tokens": self._hf.special_tokens_map,
+            "clock": self.clock.isoformat() if self._clock_is_pinned else None,
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+    # ---- text and ids -------------------------------------------------------------------------------------------
+
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        """Token ids; `add_special_tokens` adds what the tokenizer puts around a plain text, such as BOS."""
+        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def encode_with_offsets(self, texts: Sequence[str], *, add_special_tokens: bool = False) -> list[Offsets]:
+        """For each text its ids, int32 [n], and each token's character span [start, end) in the text, int32 [n, 2].
+
+        Tokens that share one character have its span each; a token that is in no text (BOS of the post-processor) has
+        (0, 0); some tokenizers leave a token's leading space out of its span.
+        """
+        encodings = self._backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)
+        return [(np.array(e.ids, np.int32), np.array(e.offsets, np.int32).reshape(-1, 2)) for e in encodings]
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """The text of token ids, spaces as they are."""
+        return self._hf.decode(list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+
+    # ---- conversations ------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _template(self) -> jinja2.Template:
+        if self.chat_template is None:
+            raise UserError(
+                f"{self.source}: the tokenizer has no chat template, which conversations need; "
+                f'fix: set tokenizer.chat_template to a .jinja file or to a built-in name ("chatml")'
+            )
+        import_transformers()
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        try:
+            return _compile_jinja_template(self.chat_template)
+        except jinja2.TemplateSyntaxError as error:
+            raise UserError(
+                f"{self.source}: the chat template's line {error.lineno} is not valid Jinja: {error.message}"
+            ) from error
+
+    @cached_property
+    def _template_variables(self) -> dict[str, Any]:
+        def strftime_now(format: str) -> str:
+            return self.clock.strftime(format)
+
+        return {**self._hf.special_tokens_map, "tools": None, "documents": None, "strftime_now": strftime_now}
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False, **template_kwargs: Any
+    ) -> str:
+        """The conversation as text, equal to `apply_chat_template(messages, tokenize=False)` but for the clock.
+
+        Messages are plain JSON values. Runs in the sandbox that `transformers` compiles templates for;
+        `{% generation %}` marks render as their content. Raises RenderError where the template refuses or fails.
+        """
+        chat = [{key: value for key, value in m.items() if value is not None} for m in messages]
+        template, variables = self._template, {**self._template_variables, **template_kwargs}
+        try:
+            return template.render(messages=chat, add_generation_prompt=add_generation_prompt, **variables)
+        except _TEMPLATE_FAILURES as error:
+            raise RenderError(f"the chat template refuses it: {error}") from error
+
+    def _roles_left_out(self, roles: tuple[str, ...]) -> tuple[int, ...]:
+        # Words that no template trims, escapes or parses; none is part of another.
+        words = [f"message{i}probe" for i in range(len(roles))]
+        try:
+            text = self.render([{"role": role, "content": word} for role, word in zip(roles, words, strict=True)])
+        except RenderError:
+            return ()  # the conversation's own rendering speaks for itself
+        return tuple(i for i, word in enumerate(words) if word not in text)
+
+    def stop_at_end(self, text: str, start: int = 0) -> tuple[int, int] | None:
+        """The stop token that closes `text`, a conversation that ends with an assistant turn: (its position, its id).
+
+        That is the last added token, with nothing but whitespace behind it. Where several close the turn, as in Phi-3's
+        `<|end|>` and `<|endoftext|>`, it is the first that ends a generation. None where none is at or behind `start`.
+        """
+        stop = None
+        while (last := self._added_at_end(text)) is not None and last[0] >= start:
+            if stop is None or last[1] in self._known_stop_ids:
+                stop = last
+            text = text[: last[0]]
+        return stop
+
+    def _added_at_end(self, text: str) -> tuple[int, int] | None:
+        text = text.rstrip()
+        for length in self._added_lengths:
+            id = self.added_tokens.get(text[-length:])
+            if id is not None and length <= len(text):
+                return len(text) - length, id
+        return None
+
+    @cached_property
+    def _added_lengths(self) -> tuple[int, ...]:
+        # Whitespace can be an added token (Gemma's "\n"), but stops nothing.
+        return tuple(sorted({len(text) for text in self.added_tokens if text.strip()}, reverse=True))
+
+    # ---- export -------------------------------------------------------------------------------------------------
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write tokenizer.json, tokenizer_config.json, special_tokens_map.json and chat_template.jinja.
+
+        `transformers` loads them back (4 and 5 alike) with the same ids and rendering.
+        """
+        target = epath.Path(directory)
+        target.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as scratch:
+            self._hf.save_pretrained(scratch)
+            config = json.loads(Path(scratch, "tokenizer_config.json").read_text(encoding="utf-8"))
+            special = dict(self._hf.special_tokens_map)
+            extra = config.pop("extra_special_tokens", None)
+            if extra:  # transformers 4 reads a list under this name only
+                config["additional_special_tokens"] = special["additional_special_tokens"] = list(extra)
+            for key in ("backend", "is_local", "local_files_only"):  # how this process loaded it
+                config.pop(key, None)
+            if config.get("tokenizer_class") == "TokenizersBackend":  # transformers 5's name, unknown to 4
+                config["tokenizer_class"] = "PreTrainedTokenizerFast"
+            (target / "tokenizer_config.json").write_bytes(_json(config))
+            (target / "special_tokens_map.json").write_bytes(_json(special))
+            for name in ("tokenizer.json", "chat_template.jinja"):
+                if (source := Path(scratch, name)).exists():
+                    (target / name).write_bytes(source.read_bytes())
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n").encode()

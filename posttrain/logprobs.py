@@ -1,0 +1,173 @@
+"""`posttrain logprobs MODEL rows.jsonl`: the log-probability of every token, by the very forward that training uses."""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jaxtyping import Array, Float
+
+from posttrain.config import MeshConfig, ModelConfig
+from posttrain.data.chat import Sample, encode_rows
+from posttrain.data.files import BadRow, Record, read_records
+from posttrain.data.formats import to_row
+from posttrain.data.packing import plan_rows
+from posttrain.data.pipeline import assemble
+from posttrain.data.tokenizer import Tokenizer
+from posttrain.errors import UserError, UserErrors
+from posttrain.experiment import setup_model
+from posttrain.objectives.logps import token_stats
+from posttrain.parallel.mesh import row_shards
+from posttrain.parallel.sharding import global_batch, local_rows, replicated
+from posttrain.records import Batch, Params
+from posttrain.train.setup import ModelSetup
+
+
+@dataclass(frozen=True)
+class LogprobsOptions:
+    """Log-probability of each token given those before it, for rows of `input_ids`, `text` or `messages`.
+
+    Writes one JSON line per row, in order: `input_ids`, `logprobs` (null for the first token) and `trained` (whether
+    training on this row would train the token).
+    """
+
+    model: Annotated[str, tyro.conf.Positional]
+    """Hugging Face directory or hub id."""
+    rows: Annotated[str, tyro.conf.Positional]
+    """JSONL, JSON or Parquet file."""
+    out: str = "-"
+    """Where to write; - for standard output."""
+    packed: bool = False
+    """Several rows share a packed row, as in training. The numbers are the same."""
+    row_length: int = 2048
+    """Length of a packed row; longer rows widen it."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute dtype; auto: bfloat16 on accelerators, float32 on CPU."""
+    attention: Literal["auto", "reference", "chunked"] = "auto"
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+
+def logprobs(options: LogprobsOptions) -> None:
+    """The command. Raises `UserErrors` with every bad row, before the model is loaded."""
+    out = _open_output(options.out)
+    model_config = ModelConfig(
+        path=options.model, revision=options.revision, dtype=options.dtype, attention=options.attention, remat="none"
+    )
+    setup = setup_model(model_config, options.mesh)
+    tokenizer = Tokenizer.load(options.model, revision=options.revision)
+    samples = read_samples(options.rows, tokenizer, setup.config.vocab_size)
+    values = score(setup, samples, packed=options.packed, row_length=options.row_length)
+    if jax.process_index() == 0:
+        with out:
+            for sample, logps in zip(samples, values, strict=True):
+                row = {
+                    "input_ids": sample.tokens.tolist(),
+                    "logprobs": [None, *(float(x) for x in logps[1:])],
+                    "trained": (sample.loss_weights > 0).tolist(),
+                }
+                out.write(json.dumps(row) + "\n")
+
+
+def _open_output(path: str) -> IO[str]:
+    if path == "-":
+        return sys.stdout
+    if Path(path).exists():
+        raise UserError(f"--out {path}: the file exists; nothing is written over, name another one")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    return open(path, "x")
+
+
+def read_samples(path: str, tokenizer: Tokenizer, vocab_size: int) -> list[Sample]:
+    """All rows as token ids and training masks. Raises `UserErrors` naming every bad row."""
+    found: list[Any] = []
+    for record in read_records(path):
+        if isinstance(record, Record) and "input_ids" in record.columns:
+            found.append(_from_ids(record, vocab_size))
+        else:
+            found.append(record if isinstance(record, BadRow) else to_row(record, "auto"))
+    to_encode = [i for i, item in enumerate(found) if not isinstance(item, BadRow | Sample)]
+    for i, sample in zip(to_encode, encode_rows([found[i] for i in to_encode], tokenizer, "assistant"), strict=True):
+        found[i] = sample
+    bad = [str(item) for item in found if isinstance(item, BadRow)]
+    if bad:
+        raise UserErrors(bad)
+    if not found:
+        raise UserError(f"{path}: no rows")
+    return found
+
+
+def _from_ids(record: Record, vocab_size: int) -> Sample | BadRow:
+    ids = record.columns["input_ids"]
+    if not isinstance(ids, list) or not ids or not all(type(i) is int for i in ids):
+        return BadRow(record.file, record.line, "input_ids", "must be a non-empty list of whole numbers")
+    outside = [i for i in ids if not 0 <= i < vocab_size]
+    if outside:
+        return BadRow(
+            record.file, record.line, "input_ids", f"{outside[0]} is outside the vocabulary (0 to {vocab_size - 1})"
+        )
+    weights = np.ones(len(ids), np.float32)
+    weights[0] = 0.0
+    return Sample(np.asarray(ids, np.int32), weights, record.file, record.line)
+
+
+def score(
+    setup: ModelSetup, samples: Sequence[Sample], *, packed: bool, row_length: int = 2048
+) -> list[Float[np.ndarray, "T"]]:
+    """Log-probs of each sample's tokens, f32 `[n]`, 0 for the first one; each token is predicted from those before it.
+
+    Unpacked rows are grouped by length, so that few shapes are compiled.
+    """
+    params = setup.load()
+    rows = row_shards(setup.mesh.shape)
+    numbers = local_rows(setup.mesh, 1, rows)
+    results: list[Any] = [None] * len(samples)
+    step = jax.jit(lambda params, batch: token_logps(setup, params, batch), out_shardings=replicated(setup.mesh))
+    with jax.set_mesh(setup.mesh):
+        for width, groups in _batches([len(s.tokens) for s in samples], rows, packed, row_length):
+            wanted = [groups[number] if number < len(groups) else [] for number in numbers]
+            local = assemble([[(samples[i].tokens, samples[i].loss_weights) for i in row] for row in wanted], width)
+            batch = global_batch(local, numbers, setup.mesh, 1, rows)
+            logps = np.asarray(jax.block_until_ready(step(params, jax.tree.map(lambda x: x[0], batch))))
+            for row, group in enumerate(groups):
+                start = 0
+                for i in group:
+                    results[i] = logps[row, start : start + len(samples[i].tokens)]
+                    start += len(samples[i].tokens)
+    return results
+
+
+def token_logps(setup: ModelSetup, params: Params, batch: Batch) -> Float[Array, "B T"]:
+    """Log-prob of every token of a packed batch; call under jit."""
+    model = setup.model(params)
+    stats = token_stats(
+        model.hidden(batch),
+        model.head(),
+        jnp.asarray(batch.tokens),
+        jnp.asarray(batch.segment_ids),
+        vocab_size=model.vocab_size,
+    )
+    return stats.logps
+
+
+def _batches(lengths: Sequence[int], rows: int, packed: bool, row_length: int) -> Iterator[tuple[int, list[list[int]]]]:
+    """(row length, samples of each row) for batches of at most `rows` rows."""
+    if packed:
+        width = max(row_length, *lengths)
+        plan = plan_rows(np.asarray(lengths), width, seed=0, epoch=0, shuffle=False)
+        groups = [plan.row(i).tolist() for i in range(plan.num_rows)]
+        for start in range(0, len(groups), rows):
+            yield width, groups[start : start + rows]
+        return
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    for start in range(0, len(order), rows):
+        group = order[start : start + rows]
+        longest = lengths[group[-1]]
+        yield max(64, 1 << (longest - 1).bit_length()), [[i] for i in group]

@@ -1,0 +1,269 @@
+"""Causal attention that never crosses segments, and attention against a key/value cache.
+
+The decoder calls `attention` on packed rows, for training and scoring, and `cached_attention` while it generates. Implementations of
+the former differ in cost only:
+
+- `reference`: the formula. Time and memory grow with T^2.
+- `chunked`: blocks of queries against blocks of keys with an online softmax (FlashAttention-2, arXiv:2307.08691) in plain JAX, so
+  it runs on every backend. Memory grows with T. Blocks of the future and of other segments are skipped at run time, so a row of
+  many short segments costs what its segments cost.
+
+Within a row a segment is one contiguous run of equal ids; id 0 is padding, which attends to nothing, is attended by nothing, and
+gives zeros. Scores, softmax and all accumulation are float32 whatever the inputs are.
+
+For remat policies such as `jax.checkpoint_policies.save_only_these_names`, the values that a backward pass needs are named
+`attn_q`, `attn_k`, `attn_v` (the inputs), `attn_out` and `attn_lse` (each query's log-sum-exp; `chunked` only). Saving `attn_out` and
+`attn_lse` keeps the backward pass of `chunked` from running its forward pass again; without them it does, whatever policy
+saves dot products, since the dots are inside of a custom derivative's loop.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Float32, Int
+
+from posttrain.errors import UserError
+
+# A score that no real one reaches; finite, so that a row in which every score is masked stays free of NaN.
+MASKED = -1e30
+
+
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    segment_ids: Int[Array, "B T"],
+    *,
+    implementation: str,
+    scale: float | None = None,
+) -> Float[Array, "B T N H"]:
+    """softmax(scale * q k^T) v over the keys of the same segment at or before the query.
+
+    Query head n reads key/value head n // (N / K). `scale` is H^-0.5 unless given. The result has the dtype of `q`; it is zero, and
+    passes zero gradient, at padding. Gradients across segments are exactly zero.
+
+    Raises:
+        UserError: `implementation` is not a key of `IMPLEMENTATIONS`.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        known = ", ".join(sorted(IMPLEMENTATIONS))
+        raise UserError(f"model.attention: unknown implementation {implementation!r}; known are: {known}")
+    q, k, v = checkpoint_name(q, "attn_q"), checkpoint_name(k, "attn_k"), checkpoint_name(v, "attn_v")
+    return IMPLEMENTATIONS[implementation](q, k, v, segment_ids, q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def cached_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: Bool[Array, "B T S"],
+    *,
+    scale: float | None = None,
+) -> Float[Array, "B T N H"]:
+    """softmax(scale * q k^T) v over the cache slots that `mask` allows; zeros where it allows none."""
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    grouped = q.reshape(B, T, K, N // K, H)
+    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, None, None], scores * (H**-0.5 if scale is None else scale), MASKED)
+    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+    weights = jnp.where(mask[:, None, None], weights / weights.sum(-1, keepdims=True), 0.0)
+    out = jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return out.reshape(B, T, N, H).astype(q.dtype)
+
+
+def reference(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    segment_ids: Int[Array, "B T"],
+    scale: float,
+) -> Float[Array, "B T N H"]:
+    """The formula over the whole [T, T] mask."""
+    index = jnp.arange(q.shape[1])
+    same = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (segment_ids != 0)[:, :, None]
+    mask = same & (index[:, None] >= index[None, :])[None]
+    return checkpoint_name(cached_attention(q, k, v, mask, scale=scale), "attn_out")
+
+
+# --- chunked ----------------------------------------------------------------------------------------------------------------------
+# Q blocks of `block` tokens cut a row of T. The query heads that share a key/value head are folded into the rows of one matrix,
+# M = N / K * block, so that no key or value is ever repeated.
+
+# Tokens a block, and how many key blocks one tile may span. Smaller blocks waste less on the diagonal and at segment boundaries,
+# larger tiles run the matrix products nearer to peak.
+BLOCK = 128
+TILE_WIDTHS = (2, 1)
+
+
+def chunked(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    segment_ids: Int[Array, "B T"],
+    scale: float,
+) -> Float[Array, "B T N H"]:
+    """Blockwise attention in memory linear in T; see the top of this file."""
+    T = q.shape[1]
+    block = min(BLOCK, T)
+    if padding := -T % block:
+        q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v))
+        segment_ids = jnp.pad(segment_ids, ((0, 0), (0, padding)))
+    return _blockwise(q, k, v, segment_ids, scale, block)[:, :T]
+
+
+class _Plan(NamedTuple):
+    """What each query block attends to. The leading dim Q is scanned over."""
+
+    index: Int[Array, " Q"]
+    count: Int[Array, " Q"]
+    """Key blocks that some row needs, the last being the diagonal one. The minimum over the rows of the batch decides, so that the
+    bounds are the same on every device that holds some of the rows."""
+    first: Int[Array, "Q B M"]
+    """First key that the query sees; T, thus none, at padding."""
+    last: Int[Array, "Q M"]
+    """Last key that the query sees: itself."""
+
+
+def _plan(segment_ids: Int[Array, "B T"], block: int, group: int) -> _Plan:
+    B, T = segment_ids.shape
+    Q = T // block
+    token = jnp.arange(T, dtype=jnp.int32)
+    starts = jnp.concatenate([jnp.ones((B, 1), bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
+    first = lax.cummax(jnp.where(starts, token[None], 0), axis=1)
+    first = jnp.where(segment_ids == 0, T, first).reshape(B, Q, block).swapaxes(0, 1)
+    index = jnp.arange(Q, dtype=jnp.int32)
+    count = jnp.maximum(index + 1 - first.min((1, 2)) // block, 0)
+    return _Plan(index, count, jnp.tile(first, (1, 1, group)), jnp.tile(token.reshape(Q, block), (1, group)))
+
+
+def _over_tiles(plan: _Plan, tiles_in_row: int, body: Callable, carry):
+    """Folds `body(start block, width in blocks, carry)` over the key blocks of one query block, downwards from the diagonal, so that
+    every real query meets itself, an unmasked score, in the first tile."""
+    # A tile as wide as the row would not depend on the loop's index: XLA would hoist its products and never skip them.
+    widths = [w for w in TILE_WIDTHS if w < tiles_in_row] or [1]
+    end, left = plan.index + 1, plan.count
+    for width in widths:
+        tiles = left // width
+
+        def step(i, carry, end=end, width=width):
+            return body(end - (i + 1) * width, width, carry)
+
+        carry = lax.fori_loop(0, tiles, step, carry)
+        end, left = end - tiles * width, left - tiles * width
+    return carry
+
+
+def _slice(x: Array, start: Int[Array, ""], size: int, axis: int) -> Array:
+    return lax.dynamic_slice_in_dim(x, start * size, size, axis)
+
+
+def _fold(x: Float[Array, "B block N H"], K: int) -> Float[Array, "B K M H"]:
+    B, block, N, H = x.shape
+    return x.reshape(B, block, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, N // K * block, H)
+
+
+def _unfold(x: Float[Array, "B K M H"], block: int) -> Float[Array, "B block N H"]:
+    B, K, M, H = x.shape
+    return x.reshape(B, K, M // block, block, H).transpose(0, 3, 1, 2, 4).reshape(B, block, K * M // block, H)
+
+
+_dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _blockwise(q, k, v, segment_ids, scale: float, block: int):
+    return _blockwise_forward(q, k, v, segment_ids, scale, block)[0]
+
+
+def _blockwise_forward(q, k, v, segment_ids, scale: float, block: int):
+    B, T, N, H = q.shape
+    K, Q, M = k.shape[2], T // block, N // k.shape[2] * block
+    keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
+
+    def query_block(carry, plan: _Plan):
+        out, lse = carry
+        qi = _fold(_slice(q, plan.index, block, 1), K)
+
+        def tile(start, width: int, carry):
+            acc, top, total = carry
+            size = width * block
+            kj = lax.dynamic_slice_in_dim(keys, start * block, size, 2)
+            vj = lax.dynamic_slice_in_dim(values, start * block, size, 2)
+            key = start * block + jnp.arange(size, dtype=jnp.int32)
+            seen = (key[None, None] >= plan.first[:, :, None]) & (key[None] <= plan.last[:, None])[None]
+            scores = jnp.where(seen[:, None], _dot("bkmh,bknh->bkmn", qi, kj) * scale, MASKED)
+            new_top = jnp.maximum(top, scores.max(-1))
+            p = jnp.exp(scores - new_top[..., None])
+            keep = jnp.exp(top - new_top)
+            acc = acc * keep[..., None] + _dot("bkmn,bknh->bkmh", p.astype(v.dtype), vj)
+            return acc, new_top, total * keep + p.sum(-1)
+
+        zero = jnp.zeros((B, K, M), jnp.float32)
+        start = (jnp.zeros((B, K, M, H), jnp.float32), zero + MASKED, zero)
+        acc, top, total = _over_tiles(plan, Q, tile, start)
+        real = (plan.first < T)[:, None]
+        total = jnp.where(real, total, 1.0)
+        oi = _unfold(jnp.where(real[..., None], acc / total[..., None], 0.0).astype(q.dtype), block)
+        li = jnp.where(real, top + jnp.log(total), 0.0).reshape(B, N, block)
+        update = lax.dynamic_update_slice_in_dim
+        return (update(out, oi, plan.index * block, 1), update(lse, li, plan.index * block, 2)), None
+
+    start = (jnp.zeros_like(q), jnp.zeros((B, N, T), jnp.float32))
+    (out, lse), _ = lax.scan(query_block, start, _plan(segment_ids, block, N // K))
+    out, lse = checkpoint_name(out, "attn_out"), checkpoint_name(lse, "attn_lse")
+    return out, (q, k, v, segment_ids, out, lse)
+
+
+def _blockwise_backward(scale: float, block: int, residuals, dout):
+    """FlashAttention-2's backward pass. Scores are formed transposed, keys as rows: then both large products with them, for dk and
+    dv, and the one for dq read them untransposed, which a CPU's matrix product needs to run at speed."""
+    q, k, v, segment_ids, out, lse = residuals
+    B, T, N, H = q.shape
+    K, Q, M = k.shape[2], T // block, N // k.shape[2] * block
+    keys, values, keys_transposed = k.swapaxes(1, 2), v.swapaxes(1, 2), k.transpose(0, 2, 3, 1)
+
+    def query_block(carry, plan: _Plan):
+        dq, dk, dv = carry
+        qi, oi, doi = (_fold(_slice(x, plan.index, block, 1), K) for x in (q, out, dout))
+        li = _slice(lse, plan.index, block, 2).reshape(B, K, M)
+        delta = _dot("bkmh,bkmh->bkm", doi, oi)
+
+        def tile(start, width: int, carry):
+            dqi, dk, dv = carry
+            at, size = start * block, width * block
+            kj, vj = (lax.dynamic_slice_in_dim(x, at, size, 2) for x in (keys, values))
+            key = at + jnp.arange(size, dtype=jnp.int32)
+            seen = (key[None, :, None] >= plan.first[:, None]) & (key[:, None] <= plan.last[None])[None]
+            scores = _dot("bknh,bkmh->bknm", kj, qi) * scale - li[:, :, None]
+            p = jnp.exp(jnp.where(seen[:, None], scores, MASKED))
+            dp = _dot("bknh,bkmh->bknm", vj, doi)
+            ds = (p * (dp - delta[:, :, None])).astype(q.dtype)
+            dvj = _dot("bknm,bkmh->bknh", p.astype(q.dtype), doi)
+            dkj = _dot("bknm,bkmh->bknh", ds, qi)
+            kj_transposed = lax.dynamic_slice_in_dim(keys_transposed, at, size, 3)
+            dqi = dqi + _dot("bkhn,bknm->bkhm", kj_transposed, ds)
+            return dqi, _add_slice(dk, dkj, at), _add_slice(dv, dvj, at)
+
+        dqi, dk, dv = _over_tiles(plan, Q, tile, (jnp.zeros((B, K, H, M), jnp.float32), dk, dv))
+        dqi = _unfold(dqi.swapaxes(2, 3) * scale, block).astype(q.dtype)
+        return (lax.dynamic_update_slice_in_dim(dq, dqi, plan.index * block, 1), dk, dv), None
+
+    zero = jnp.zeros((B, K, T, H), jnp.float32)
+    (dq, dk, dv), _ = lax.scan(query_block, (jnp.zeros_like(q), zero, zero), _plan(segment_ids, block, N // K))
+    return dq, (dk * scale).swapaxes(1, 2).astype(k.dtype), dv.swapaxes(1, 2).astype(v.dtype), None
+
+
+def _add_slice(x: Float32[Array, "B K T H"], part: Float32[Array, "B K n H"], at) -> Float32[Array, "B K T H"]:
+    old = lax.dynamic_slice_in_dim(x, at, part.shape[2], 2)
+    return lax.dynamic_update_slice_in_dim(x, old + part, at, 2)
+
+
+_blockwise.defvjp(_blockwise_forward, _blockwise_backward)
+
+IMPLEMENTATIONS: dict[str, Callable[..., Float[Array, "B T N H"]]] = {"reference": reference, "chunked": chunked}

@@ -1,0 +1,196 @@
+"""The tokenizer inside a GGUF file -> the files that transformers loads. Called by `gguf.py`.
+
+A GGUF holds a byte-level BPE's tokens, their types, merges and template; how text is split before the merges it only
+names, so the names are a table here.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from etils import epath
+from gguf import TokenType
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from posttrain.errors import UserError
+from posttrain.models.weights import write_json
+
+CASE_FREE_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+WORDS_AND_SPACES = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3_SPLIT = CASE_FREE_CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + WORDS_AND_SPACES
+QWEN2_SPLIT = CASE_FREE_CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + WORDS_AND_SPACES
+"""As in the tokenizer.json of Llama 3 and Qwen2."""
+
+
+def _split(expression: str) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Split(Regex(expression), "isolated")
+
+
+def _byte_level(*, gpt2_split: bool) -> pre_tokenizers.PreTokenizer:
+    """Text to the 256 byte characters; with GPT-2's own split first, or none."""
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=gpt2_split)
+
+
+@dataclass(frozen=True)
+class Splitting:
+    """What a pre-tokenizer name stands for."""
+
+    steps: Callable[[], list[pre_tokenizers.PreTokenizer]]
+    compose: bool = False
+    """Whether text is brought to Unicode NFC first."""
+    whole_words: bool = False
+    """Whether a piece that is a token is taken without looking at the merges."""
+    add_bos: bool = False
+    """Whether text starts with the BOS token where the file does not say."""
+
+
+GPT2 = Splitting(lambda: [_byte_level(gpt2_split=True)])
+SMOLLM = Splitting(lambda: [pre_tokenizers.Digits(individual_digits=True), _byte_level(gpt2_split=True)])
+LLAMA3 = Splitting(lambda: [_split(LLAMA3_SPLIT), _byte_level(gpt2_split=False)], whole_words=True, add_bos=True)
+QWEN2 = Splitting(lambda: [_split(QWEN2_SPLIT), _byte_level(gpt2_split=False)], compose=True)
+DEFAULT = Splitting(
+    lambda: [
+        _split(r"[\p{P}\$\+<=>\^~\|]+"),
+        _split(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"),
+        _split(r"\p{N}+"),
+        _split(r"[0-9][0-9][0-9]"),
+        _byte_level(gpt2_split=False),
+    ]
+)
+
+SPLITTINGS = {
+    "gpt-2": GPT2,
+    "smollm": SMOLLM,
+    "smollm2": SMOLLM,
+    "llama-bpe": LLAMA3,
+    "llama3": LLAMA3,
+    "llama-v3": LLAMA3,
+    "qwen2": QWEN2,
+    "deepseek-r1-qwen": QWEN2,
+    "default": DEFAULT,
+}
+"""`tokenizer.ggml.pre` -> how text is split, as llama.cpp (`llama-vocab.cpp`) and the models' own tokenizers do."""
+
+
+def token_id(metadata: Mapping[str, Any], role: str) -> int | None:
+    """Id of the token with a role (`bos`, `eos`, `padding`, `unknown`, `eot`, `eom`), if the file names one.
+
+    Raises `UserError` when it is beyond the vocabulary."""
+    key = f"tokenizer.ggml.{role}_token_id"
+    value = metadata.get(key)
+    count = len(metadata.get("tokenizer.ggml.tokens", ()))
+    if value is not None and not 0 <= value < count:
+        raise UserError(f"{key}: {value} is not one of the {count} tokens")
+    return value
+
+
+def stop_ids(metadata: Mapping[str, Any]) -> list[int]:
+    """Ids that end a turn: EOS first, then end of turn and end of message where the file names them."""
+    ids = [token_id(metadata, role) for role in ("eos", "eot", "eom")]
+    return list(dict.fromkeys(i for i in ids if i is not None))
+
+
+def write_tokenizer(metadata: Mapping[str, Any], directory: epath.Path) -> None:
+    """Writes tokenizer.json, tokenizer_config.json, special_tokens_map.json and chat_template.jinja.
+
+    Raises `UserError` when the file's tokenizer is of another kind, unknown or inconsistent.
+    """
+    tokenizer = build_tokenizer(metadata)
+    tokens = metadata["tokenizer.ggml.tokens"]
+    roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    ids = {name: token_id(metadata, role) for name, role in roles.items()}
+    special = {name: tokens[i] for name, i in ids.items() if i is not None}
+    (directory / "tokenizer.json").write_text(tokenizer.to_str(pretty=True))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
+    if "llama.context_length" in metadata:
+        config["model_max_length"] = metadata["llama.context_length"]
+    write_json(directory / "tokenizer_config.json", config)
+    write_json(directory / "special_tokens_map.json", special)
+    template = metadata.get("tokenizer.chat_template")
+    if template is not None:
+        (directory / "chat_template.jinja").write_text(template)
+
+
+def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer that the metadata (`tokenizer.ggml.*`) describes."""
+    splitting = _splitting(metadata)
+    tokens = metadata.get("tokenizer.ggml.tokens", [])
+    types = metadata.get("tokenizer.ggml.token_type", [TokenType.NORMAL] * len(tokens))
+    if not tokens or len(types) != len(tokens):
+        raise UserError(f"tokenizer.ggml: {len(tokens)} tokens with {len(types)} token types; the file is broken")
+    repeated = [token for token, count in Counter(tokens).items() if count > 1]
+    if repeated:
+        raise UserError(f"tokenizer.ggml.tokens: {repeated[0]!r} occurs more than once; the file is broken")
+    # Unused ids only fill the embedding up: they stand for no text.
+    vocab = {t: i for i, (t, kind) in enumerate(zip(tokens, types, strict=True)) if kind != TokenType.UNUSED}
+    merges = _merges(metadata, vocab)
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=splitting.whole_words))
+    if splitting.compose:
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splitting.steps())
+    tokenizer.decoder = decoders.ByteLevel()
+    control = (TokenType.CONTROL, TokenType.UNKNOWN)
+    by_kind = {token: kind for token, kind in zip(tokens, types, strict=True)}
+    added = {t: AddedToken(t, special=k in control, normalized=False) for t, k in by_kind.items()}
+    tokenizer.add_special_tokens([added[t] for t, k in by_kind.items() if k in control])
+    tokenizer.add_tokens([added[t] for t, k in by_kind.items() if k == TokenType.USER_DEFINED])
+    _add_template(tokenizer, metadata, splitting)
+    return tokenizer
+
+
+def _splitting(metadata: Mapping[str, Any]) -> Splitting:
+    model = metadata.get("tokenizer.ggml.model")
+    if model == "llama":
+        raise UserError(
+            "tokenizer.ggml.model: 'llama' (sentencepiece) tokenizers are not served from GGUF; "
+            "import the model's Hugging Face directory instead"
+        )
+    if model != "gpt2":
+        raise UserError(f"tokenizer.ggml.model: {model!r} is not served; served: 'gpt2' (byte-level BPE)")
+    name = metadata.get("tokenizer.ggml.pre")
+    known = ", ".join(SPLITTINGS)
+    if name is None:
+        raise UserError(
+            f"tokenizer.ggml.pre: missing, so how to split text is unknown; known names: {known}; "
+            "a current llama.cpp converter writes it"
+        )
+    if name not in SPLITTINGS:
+        raise UserError(f"tokenizer.ggml.pre: {name!r} is not known; known: {known}")
+    return SPLITTINGS[name]
+
+
+def _merges(metadata: Mapping[str, Any], vocab: Mapping[str, int]) -> list[tuple[str, str]]:
+    merges = []
+    for number, line in enumerate(metadata.get("tokenizer.ggml.merges", [])):
+        pair = tuple(line.split(" "))
+        if len(pair) != 2 or any(token not in vocab for token in (*pair, "".join(pair))):
+            raise UserError(f"tokenizer.ggml.merges[{number}]: {line!r} does not join two tokens to a third")
+        merges.append(pair)
+    return merges
+
+
+def _add_template(tokenizer: Tokenizer, metadata: Mapping[str, Any], splitting: Splitting) -> None:
+    """BOS before and EOS after the text, as the file's flags say."""
+    tokens = metadata["tokenizer.ggml.tokens"]
+    wanted = {
+        "bos": metadata.get("tokenizer.ggml.add_bos_token", splitting.add_bos),
+        "eos": metadata.get("tokenizer.ggml.add_eos_token", False),
+    }
+    ids = {role: token_id(metadata, role) for role, add in wanted.items() if add}
+    for role, index in ids.items():
+        if index is None:
+            raise UserError(f"tokenizer.ggml.add_{role}_token: true, but tokenizer.ggml.{role}_token_id is missing")
+    if not ids:
+        return
+    names = {role: tokens[index] for role, index in ids.items() if index is not None}
+    before, after = names.get("bos"), names.get("eos")
+
+    def around(text: str, sequence: int) -> list[str]:
+        return [f"{piece}:{sequence}" for piece in (before, text, after) if piece is not None]
+
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=around("$A", 0),
+        pair=[*around("$A", 0), *around("$B", 1)],
+        special_tokens=[(names[role], index) for role, index in ids.items() if index is not None],
+    )

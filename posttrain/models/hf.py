@@ -1,0 +1,355 @@
+"""Hugging Face directories in and out: find the family, read the config, load weights straight into their shardings,
+export a directory that any serving stack loads.
+
+A family is a module beside this one that defines `MODEL_TYPES`; dropping the file in is the registration.
+"""
+
+import importlib
+import importlib.util
+import os
+import pkgutil
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, cast, runtime_checkable
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+from jaxtyping import Array, Shaped
+
+from posttrain import models
+from posttrain.data.tokenizer import Tokenizer
+from posttrain.errors import UserError, UserErrors
+from posttrain.models.decoder import DecoderConfig
+from posttrain.models.weights import (
+    INDEX_FILE,
+    MAX_SHARD_BYTES,
+    SAFETENSORS_DTYPES,
+    SINGLE_FILE,
+    WRITABLE_DTYPES,
+    CheckpointReader,
+    Weight,
+    check_free,
+    dim_sizes,
+    new_directory,
+    read_json,
+    stored_tensors,
+    tensor_problems,
+    write_checkpoint,
+    write_json,
+)
+from posttrain.parallel.sharding import flatten, unflatten
+from posttrain.records import Params
+
+HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
+"""What is fetched from the hub: never pickled weights."""
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@runtime_checkable
+class Family(Protocol):
+    """What a family's module defines."""
+
+    MODEL_TYPES: tuple[str, ...]
+    WEIGHTS: tuple[Weight, ...]
+    BASE_PREFIX: str
+    TIED: tuple[str, str]
+    IGNORED: tuple[str, ...]
+
+    def config_from_hf(self, raw: Mapping[str, Any]) -> DecoderConfig: ...
+
+    def config_to_hf(self, config: DecoderConfig, original: Mapping[str, Any] | None) -> dict[str, Any]: ...
+
+
+def find_family(model_type: object) -> Family:
+    """The family that serves this `model_type`; raises `UserError` listing the known ones."""
+    known = []
+    for module in pkgutil.iter_modules(models.__path__, f"{models.__name__}."):
+        spec = importlib.util.find_spec(module.name)
+        # Only families are imported: their neighbours may need what is not installed.
+        if spec is None or spec.origin is None or "\nMODEL_TYPES" not in Path(spec.origin).read_text(encoding="utf-8"):
+            continue
+        family = cast(Family, importlib.import_module(module.name))
+        if model_type in family.MODEL_TYPES:
+            return family
+        known += family.MODEL_TYPES
+    raise UserError(f"model_type: {model_type!r} is not served; served: {', '.join(sorted(known))}")
+
+
+def resolve_model(path: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """The local directory of a model: `path` itself, or the snapshot of a hub id.
+
+    Raises `UserError` when there is no such directory or hub model, or when it holds no safetensors.
+    """
+    directory = Path(path)
+    if "://" in str(path):
+        raise UserError(f"{path}: weights are read by slices from local disk; copy the directory there first")
+    if directory.is_dir():
+        _check_directory(directory)
+        return directory
+    if directory.suffix == ".gguf":
+        target = directory.with_suffix("")
+        raise UserError(f"{path}: a GGUF file is imported first: posttrain import {path} {target.name}")
+    if directory.exists():
+        raise UserError(f"{path}: is a file; name the directory that holds config.json and the safetensors")
+    if not HUB_ID.fullmatch(str(path)):
+        raise UserError(f"{path}: no such directory, and not a hub id (owner/name)")
+    directory = _download(str(path), revision)
+    _check_directory(directory)
+    return directory
+
+
+def _download(hub_id: str, revision: str | None) -> Path:
+    # Imported here: most runs read local directories.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(HUB_FILES)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        at = f" at revision {revision!r}" if revision else ""
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{hub_id}: no such directory here, and it could not be had as a hub model{at}: {reason}"
+        ) from error
+
+
+def _check_directory(directory: Path) -> None:
+    names = sorted(p.name for p in directory.iterdir())
+    if SINGLE_FILE in names or INDEX_FILE in names:
+        return
+    wanted = f"{directory}: no {SINGLE_FILE} or {INDEX_FILE}"
+    by_suffix = {suffix: [n for n in names if n.endswith(suffix)] for suffix in (".bin", ".pt", ".pth", ".gguf")}
+    if by_suffix[".gguf"]:
+        gguf = directory / by_suffix[".gguf"][0]
+        raise UserError(f"{wanted}, but a GGUF file; import it first: posttrain import {gguf} OUT_DIR")
+    pickled = [n for suffix in (".bin", ".pt", ".pth") for n in by_suffix[suffix]]
+    if pickled:
+        raise UserError(
+            f"{wanted}, only {pickled[0]}: pickled weights can run code and are not read; "
+            "save the model as safetensors (save_pretrained(..., safe_serialization=True))"
+        )
+    if "adapter_config.json" in names:
+        raise UserError(f"{wanted}: an adapter without its model; merge it into the model first")
+    raise UserError(f"{wanted}; it holds: {', '.join(names[:8]) or 'nothing'}")
+
+
+def load_config(model_dir: str | os.PathLike[str]) -> tuple[DecoderConfig, dict[str, Any]]:
+    """The decoder's config and config.json as it is. Raises `UserErrors` with all that is wrong in it."""
+    path = Path(model_dir) / "config.json"
+    if not path.is_file():
+        raise UserError(f"{path}: missing; a Hugging Face model directory has it")
+    raw = read_json(path)
+    try:
+        return find_family(raw.get("model_type")).config_from_hf(raw), raw
+    except UserErrors as error:
+        raise UserErrors([f"{path}: {problem}" for problem in error.problems]) from error
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def load_generation_config(model_dir: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """generation_config.json, if there is one."""
+    path = Path(model_dir) / "generation_config.json"
+    return read_json(path) if path.is_file() else None
+
+
+def load_params(model_dir: str | os.PathLike[str], config: DecoderConfig, abstract: Params) -> Params:
+    """Reads weights into `abstract`: a nested dict of `jax.ShapeDtypeStruct`, whose dtypes and shardings (default: the
+    first local device) the result has.
+
+    Each device's part is read by slices, once where several devices hold the same, so the host holds about its
+    devices' share of one parameter at a time. Vocabulary padding is zero. All names, shapes and dtypes are checked
+    first: raises `UserErrors` that list what is missing, extra or misshapen, and `ValueError` where `abstract` is not
+    of this config.
+    """
+    model_dir = Path(model_dir)
+    family = find_family(read_json(model_dir / "config.json").get("model_type"))
+    table = {w.path: w for w in family.WEIGHTS if w.when(config)}
+    leaves = flatten(abstract)
+    shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+    if shapes != {path: weight.shape(config) for path, weight in table.items()}:
+        raise ValueError(f"abstract parameters are not those of the config: {shapes}")
+    reader = CheckpointReader(model_dir)
+    names = _check_tensors(reader, family, config)
+    return unflatten({path: _load(reader, names, table[path], config, leaf) for path, leaf in leaves.items()})
+
+
+def _check_tensors(reader: CheckpointReader, family: Family, config: DecoderConfig) -> dict[str, str]:
+    """Name in the table -> name in the files. Raises `UserErrors` unless they are those of the config."""
+    expected = stored_tensors(family.WEIGHTS, config)
+    sizes = dim_sizes(config)
+    layers = range(config.num_hidden_layers)
+    ignored = {name.format(layer=layer) for name in family.IGNORED for layer in layers}
+    headless = not any(name.startswith(family.BASE_PREFIX) for name in reader.shapes)
+    head, embedding = family.TIED
+    names = {}
+    for stored in reader.shapes:
+        name = family.BASE_PREFIX + stored if headless and stored != head else stored
+        if name not in ignored:
+            names[name] = stored
+    problems = [
+        f"{stored}: dtype {reader.dtypes[stored]} is not served; served: {', '.join(SAFETENSORS_DTYPES)}"
+        for stored in names.values()
+        if reader.dtypes[stored] not in SAFETENSORS_DTYPES
+    ]
+    doubled = head in names and head not in expected and embedding in names and not problems
+    if doubled and not _equal(reader, names.pop(head), names[embedding]):
+        problems.append(
+            f"{head}: differs from {embedding}, but config.json says tie_word_embeddings: true; "
+            "if the head is its own, set it to false"
+        )
+    shapes = {name: weight.stored_shape(sizes) for name, (weight, _) in expected.items()}
+    problems += tensor_problems(shapes, {name: reader.shapes[stored] for name, stored in names.items()}, names)
+    if problems:
+        raise UserErrors([f"{reader.directory}: {problem}" for problem in problems])
+    return names
+
+
+def _equal(reader: CheckpointReader, name: str, other: str) -> bool:
+    """Whether two tensors are equal, compared by blocks of rows."""
+    shape = reader.shapes[name]
+    if shape != reader.shapes[other]:
+        return False
+    blocks = [(slice(start, min(start + 4096, shape[0])), slice(0, shape[1])) for start in range(0, shape[0], 4096)]
+    return all(np.array_equal(reader.read(name, block), reader.read(other, block)) for block in blocks)
+
+
+def _load(
+    reader: CheckpointReader,
+    names: Mapping[str, str],
+    weight: Weight,
+    config: DecoderConfig,
+    leaf: jax.ShapeDtypeStruct,
+) -> Shaped[Array, "..."]:
+    """One parameter, all layers, on its devices."""
+    sizes = dim_sizes(config)
+    blocks: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+
+    def block(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None  # jax asks for addressable devices only
+        spans = tuple(s.indices(size)[:2] for s, size in zip(index, leaf.shape, strict=True))
+        if spans not in blocks:
+            blocks[spans] = read(spans)
+        return blocks[spans]
+
+    def read(spans: Sequence[tuple[int, int]]) -> np.ndarray:
+        out = np.zeros([high - low for low, high in spans], leaf.dtype)
+        if not weight.stacked:
+            fill(out, names[weight.name], spans)
+            return out
+        for row, layer in enumerate(range(*spans[0])):
+            fill(out[row], names[weight.name.format(layer=layer)], spans[1:])
+        return out
+
+    def fill(out: np.ndarray, name: str, spans: Sequence[tuple[int, int]]) -> None:
+        held = [(low, min(high, sizes[d])) for d, (low, high) in zip(weight.dims, spans, strict=True)]
+        if all(low < high for low, high in held):
+            inside = tuple(slice(high - low) for low, high in held)
+            out[inside] = weight.read(lambda ranges: reader.read(name, ranges), held, sizes)
+
+    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.make_array_from_callback(leaf.shape, sharding, block)
+
+
+def export_hf(
+    params: Params,
+    config: DecoderConfig,
+    directory: str | os.PathLike[str],
+    *,
+    raw_config: Mapping[str, Any],
+    dtype: str = "original",
+    tokenizer: Tokenizer | None = None,
+    generation_config: Mapping[str, Any] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes a Hugging Face directory; it appears under its name when it is complete (on an object store, which cannot
+    rename, config.json comes last).
+
+    `raw_config` is the config.json that the weights came with; `dtype` original is the one it records (else that of
+    the parameters). Sharded parameters are gathered layer by layer. With several processes all of them must call this;
+    process 0 writes. Raises `UserError` where the directory exists and is not empty.
+    """
+    target = epath.Path(directory)
+    family = find_family(raw_config.get("model_type"))
+    leaves = flatten(params)
+    recorded = raw_config.get("dtype") or raw_config.get("torch_dtype") or leaves["embed/embedding"].dtype.name
+    name = str(recorded).removeprefix("torch.") if dtype == "original" else dtype
+    if name not in WRITABLE_DTYPES:
+        raise UserError(f"export dtype: {name!r} is not served; served: original, {', '.join(WRITABLE_DTYPES)}")
+    written = _exported_config(family.config_to_hf(config, raw_config), name)
+    generation = _with_stops(dict(generation_config or _ids_of(raw_config)), tokenizer)
+    _agree_free(target)
+    tensors = stored_tensors(family.WEIGHTS, config)
+    sizes = dim_sizes(config)
+    shapes = {stored: weight.stored_shape(sizes) for stored, (weight, _) in tensors.items()}
+
+    def tensor(stored: str) -> np.ndarray:
+        weight, layer = tensors[stored]
+        return weight.to_stored(_gather(leaves[weight.path], layer), sizes)
+
+    if jax.process_index() != 0:
+        write_checkpoint(None, shapes, np.dtype(name), tensor, max_shard_bytes)
+    else:
+        with new_directory(target) as temporary:
+            write_checkpoint(temporary, shapes, np.dtype(name), tensor, max_shard_bytes)
+            if tokenizer is not None:
+                tokenizer.save(temporary)
+            write_json(temporary / "generation_config.json", generation)
+            write_json(temporary / "config.json", written)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"exported {target}")
+
+
+def _agree_free(directory: epath.Path) -> None:
+    """Process 0's look at the directory, before all gather: one process that stopped would leave the others waiting."""
+    problem = None
+    if jax.process_index() == 0:
+        try:
+            check_free(directory)
+        except UserError as error:
+            problem = error
+    if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.int32(problem is not None)):
+        raise problem or UserError(f"{directory}: refused by process 0, whose message says why")
+    if problem is not None:
+        raise problem
+
+
+def _exported_config(raw: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """With the exported dtype, under the keys that record one; `torch_dtype`, which all versions read, if none does."""
+    keys = [key for key in ("dtype", "torch_dtype") if key in raw] or ["torch_dtype"]
+    return {**raw, **dict.fromkeys(keys, dtype)}
+
+
+def _ids_of(raw: Mapping[str, Any]) -> dict[str, Any]:
+    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {key: raw[key] for key in keys if raw.get(key) is not None}
+
+
+def _with_stops(generation: dict[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Adds the tokenizer's stop tokens to those that end a generation: a new EOS must stop the exported model too."""
+    known = generation.get("eos_token_id")
+    stops = list(known) if isinstance(known, list | tuple) else [] if known is None else [known]
+    new = [i for i in (tokenizer.stop_ids if tokenizer else ()) if i not in stops]
+    if new:
+        stops = [*new, *stops]
+        generation["eos_token_id"] = stops[0] if len(stops) == 1 else stops
+    return generation
+
+
+@jax.jit
+def _take_layer(values: Shaped[Array, "L ..."], layer: Shaped[Array, ""]) -> Shaped[Array, "..."]:
+    return jax.lax.dynamic_index_in_dim(values, layer, axis=0, keepdims=False)
+
+
+def _gather(values: Shaped[Array | np.ndarray, "..."], layer: int | None) -> Shaped[np.ndarray, "..."]:
+    """One layer (or all of an unstacked parameter) on this host; all processes must ask for it together."""
+    if isinstance(values, np.ndarray):
+        return values if layer is None else values[layer]
+    one = values if layer is None else _take_layer(values, np.int32(layer))
+    if one.is_fully_addressable:
+        return np.asarray(one)
+    return np.asarray(multihost_utils.process_allgather(one, tiled=True))

@@ -1,0 +1,232 @@
+"""What the model says about each token: log-probability, entropy, arg-max hit and mean logit, in one pass over the vocabulary.
+
+Every objective that needs a token's probability calls `token_stats` on the decoder's final hidden states. Full logits
+never exist: the output embedding is taken in chunks of its rows, all tokens at a time, with an online log-sum-exp; the
+backward pass computes each chunk of logits again from the saved log-sum-exp. Chunks of the vocabulary, rather than of
+tokens, let every row of the head be gathered, and every row of its gradient be summed over devices, once a pass.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Float32, Int
+
+# Logit of the head's padding rows. Finite, so that 0 * MASKED is 0 in the entropy and its gradient.
+MASKED = -1e30
+# Rows shorter than this are computed whole: the branches of `_over_needed` cost compile time.
+MIN_CUT = 256
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TokenStats:
+    """Per token, in float32. Entry t speaks of predicting `tokens[:, t]` from the tokens before it in its segment."""
+
+    logps: Float[Array, "B T"]
+    """Log-probability of the token, in nats."""
+    entropy: Float[Array, "B T"]
+    """Entropy of the predicted distribution, in nats."""
+    correct: Float[Array, "B T"]
+    """1 where the token has the highest logit (of equal ones, the lowest id), else 0. Has no gradient."""
+    mean_logit: Float[Array, "B T"]
+    """Mean logit over the vocabulary."""
+
+
+@dataclass(frozen=True)
+class _Chunks:
+    """How the head is read: chunk i holds its rows i, i + count, i + 2 count, ... Strided, so that a head whose rows are
+    split over devices gives each of them an equal part of every chunk."""
+
+    vocab_size: int
+    count: int
+    inverse_temperature: float
+
+    def split(self, head: Float[Array, "V D"]) -> Float[Array, "C count D"]:
+        return head.reshape(-1, self.count, head.shape[1])
+
+    def read(
+        self, table: Float[Array, "C count D"], i: Int[Array, ""], hidden: Float[Array, "M D"]
+    ) -> tuple[Int[Array, "1 C"], Float[Array, "C D"], Float32[Array, "M C"]]:
+        """Token ids, rows and logits of chunk i."""
+        ids = jnp.arange(table.shape[0], dtype=jnp.int32)[None] * self.count + i
+        rows = lax.dynamic_index_in_dim(table, i, 1, keepdims=False)
+        logits = _dot("md,cd->mc", hidden, rows) * self.inverse_temperature
+        if table.shape[0] * self.count > self.vocab_size:
+            logits = jnp.where(ids < self.vocab_size, logits, MASKED)
+        return ids, rows, logits
+
+
+def token_stats(
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "V D"],
+    tokens: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+    *,
+    vocab_size: int,
+    needed: Bool[Array, "B T"] | None = None,
+    temperature: float = 1.0,
+    chunk_vocab: int = 4096,
+) -> TokenStats:
+    """Statistics of `softmax(hidden head^T / temperature)` at the position before each token.
+
+    Entries are 0 at a segment's first token, at padding (segment 0) and where `needed` is false, and no gradient comes
+    from there. Head rows from `vocab_size` on are padding of the table: probability 0, no part in the mean. `hidden`
+    and `head` share a dtype; logits and everything after them are float32. Differentiable in `hidden` and `head`,
+    once, in reverse mode. The head's gradient sums over the tokens in float32.
+
+    Peak memory is that of a few `[B, T, chunk_vocab]` arrays, the chunk being rounded to V / 2^i. On CPU each row is
+    cut to the quarters that its needed tokens fill, so the time follows their number.
+    """
+    if needed is None:
+        needed = jnp.ones(tokens.shape, bool)
+    predicts = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] != 0) & needed[:, 1:]
+    predicts = jnp.pad(predicts, ((0, 0), (0, 1)))
+    chunks = _Chunks(vocab_size, _chunk_count(head.shape[0], chunk_vocab), 1.0 / temperature)
+    sources = _stats(hidden, head, jnp.roll(tokens, -1, axis=1), predicts, chunks)
+
+    def at_target(values: Float32[Array, "B T"]) -> Float32[Array, "B T"]:
+        return jnp.pad(jnp.where(predicts, values, 0.0)[:, :-1], ((0, 0), (1, 0)))
+
+    return jax.tree.map(at_target, sources)
+
+
+def _chunk_count(V: int, chunk_vocab: int) -> int:
+    """A power of two. The rows of a chunk stay a multiple of 8, for a mesh axis to split."""
+    count = 1
+    while V // count > chunk_vocab and V % (16 * count) == 0:
+        count *= 2
+    return count
+
+
+_dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _stats(hidden, head, targets, needed, chunks: _Chunks) -> TokenStats:
+    """Statistics at every needed source position, of its target; what stands elsewhere is finite, and means nothing."""
+    return _stats_forward(hidden, head, targets, needed, chunks)[0]
+
+
+def _stats_forward(hidden, head, targets, needed, chunks: _Chunks):
+    run = functools.partial(_forward, chunks)
+    (logps, entropy, correct, lse), _ = _over_needed(run, needed, (hidden, targets), head)
+    # The mean logit is the logit of the mean row, so it takes no pass over the logits.
+    real = (jnp.arange(head.shape[0]) < chunks.vocab_size).astype(head.dtype)
+    mean_row = _dot("v,vd->d", real, head) * (chunks.inverse_temperature / chunks.vocab_size)
+    mean_logit = _dot("btd,d->bt", hidden.astype(jnp.float32), mean_row)
+    return TokenStats(logps, entropy, correct, mean_logit), (hidden, head, targets, needed, entropy, lse)
+
+
+def _stats_backward(chunks: _Chunks, residuals, cotangents: TokenStats):
+    hidden, head, targets, needed, entropy, lse = residuals
+    per_token = (hidden, targets, entropy, lse, cotangents.logps, cotangents.entropy, cotangents.mean_logit)
+    (dhidden,), dhead = _over_needed(functools.partial(_backward, chunks), needed, per_token, head)
+    return dhidden, dhead, None, None
+
+
+_stats.defvjp(_stats_forward, _stats_backward)
+
+
+def _forward(chunks: _Chunks, per_token, head):
+    """Log-probability, entropy, hit and log-sum-exp of M tokens."""
+    hidden, targets = per_token
+    table = chunks.split(head)
+
+    def chunk(i, carry):
+        top, total, weighted, best, target_logit = carry
+        ids, _, logits = chunks.read(table, i, hidden)
+        chunk_top = logits.max(-1)
+        chunk_best = jnp.where(logits == chunk_top[:, None], ids, head.shape[0]).min(-1)
+        tied = jnp.where(chunk_top == top, jnp.minimum(best, chunk_best), best)
+        best = jnp.where(chunk_top > top, chunk_best, tied)
+        new_top = jnp.maximum(top, chunk_top)
+        # `weighted` sums p (logit - top), not p logit: the entropy would lose its digits to the size of the logits.
+        offset = logits - new_top[:, None]
+        p = jnp.exp(offset)
+        keep = jnp.exp(top - new_top)
+        # As dot product: a fused multiply-and-reduce is seven times slower in XLA:CPU.
+        weighted = (weighted + total * (top - new_top)) * keep + _dot("mc,mc->m", p, offset)
+        total = total * keep + p.sum(-1)
+        target_logit += jnp.where(ids == targets[:, None], logits, 0.0).sum(-1)
+        return new_top, total, weighted, best, target_logit
+
+    zero = jnp.zeros(targets.shape, jnp.float32)
+    start = (zero + MASKED, zero, zero, jnp.zeros(targets.shape, jnp.int32), zero)
+    top, total, weighted, best, target_logit = lax.fori_loop(0, chunks.count, chunk, start)
+    log_total = jnp.log(total)
+    lse = top + log_total
+    return (target_logit - lse, log_total - weighted / total, (best == targets).astype(jnp.float32), lse), None
+
+
+def _backward(chunks: _Chunks, per_token, head):
+    """Gradients of `hidden` (of M tokens) and `head`.
+
+    With p the softmax and H the entropy: d logp = onehot - p, d entropy = -p (log p + H), d mean = 1 / vocab_size.
+    """
+    hidden, targets, entropy, lse, d_logp, d_entropy, d_mean = per_token
+    table = chunks.split(head)
+
+    def chunk(i, carry):
+        dhidden, dtable = carry
+        ids, rows, logits = chunks.read(table, i, hidden)
+        logp = logits - lse[:, None]
+        dlogits = -jnp.exp(logp) * (d_logp[:, None] + d_entropy[:, None] * (logp + entropy[:, None]))
+        dlogits += jnp.where(ids == targets[:, None], d_logp[:, None], 0.0)
+        dlogits += jnp.where(ids < chunks.vocab_size, d_mean[:, None] / chunks.vocab_size, 0.0)
+        dlogits = (dlogits * chunks.inverse_temperature).astype(head.dtype)
+        drows = _dot("mc,md->cd", dlogits, hidden).astype(head.dtype)
+        dtable = lax.dynamic_update_index_in_dim(dtable, drows, i, 1)
+        return dhidden + _dot("mc,cd->md", dlogits, rows), dtable
+
+    start = (jnp.zeros(hidden.shape, jnp.float32), jnp.zeros_like(table))
+    dhidden, dtable = lax.fori_loop(0, chunks.count, chunk, start)
+    return (dhidden.astype(hidden.dtype),), dtable.reshape(head.shape)
+
+
+def _over_needed(run: Callable, needed: Bool[Array, "B T"], per_token: tuple, head: Float[Array, "V D"]) -> tuple:
+    """`run(per_token, head) -> (results per token, result for the head)` over the needed tokens `[M, ...]` of `[B, T, ...]`.
+
+    On CPU each row's needed tokens are moved to its front, and only as many quarters of the rows are computed as the
+    fullest row fills. Elsewhere all tokens are: among many rows one is nearly full, and branches hinder the compiler.
+    """
+    B, T = needed.shape
+    sizes = [T] if T < MIN_CUT else [-(-T * i // 4) for i in range(1, 5)]
+
+    def flat(per_token, head):
+        width = per_token[0].shape[1]
+        results, of_head = run(jax.tree.map(lambda x: x.reshape(B * width, *x.shape[2:]), per_token), head)
+        return jax.tree.map(lambda x: x.reshape(B, width, *x.shape[1:]), results), of_head
+
+    def whole(needed, per_token, head):
+        return flat(per_token, head)
+
+    def front(needed, per_token, head):
+        order = jnp.argsort(~needed, axis=1, stable=True)
+
+        def branch(size: int):
+            def cut(order, per_token, head):
+                results, of_head = flat(jax.tree.map(lambda x: _take(x, order[:, :size]), per_token), head)
+                return jax.tree.map(lambda x: _pad(x, T), results), of_head
+
+            return cut
+
+        fullest = needed.sum(1, dtype=jnp.int32).max()
+        quarter = jnp.searchsorted(jnp.array(sizes, jnp.int32), fullest)
+        results, of_head = lax.switch(quarter, [branch(size) for size in sizes], order, per_token, head)
+        back = jnp.argsort(order, axis=1)
+        return jax.tree.map(lambda x: _take(x, back), results), of_head
+
+    on_cpu = front if len(sizes) > 1 else whole
+    return lax.platform_dependent(needed, per_token, head, cpu=on_cpu, default=whole)
+
+
+def _take(x: Array, order: Int[Array, "B U"]) -> Array:
+    return jnp.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), axis=1)
+
+
+def _pad(x: Array, T: int) -> Array:
+    return jnp.pad(x, ((0, 0), (0, T - x.shape[1]), *((0, 0),) * (x.ndim - 2)))

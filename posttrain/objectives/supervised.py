@@ -1,0 +1,42 @@
+"""Objectives that imitate given tokens."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from posttrain.objectives.logps import token_stats
+from posttrain.records import Batch, Metric, Model, Objective
+
+
+class _SupervisedFineTuning:
+    """Negative log-likelihood of the trained tokens, averaged over the weights of the global batch."""
+
+    coefficients: Mapping[str, float] = MappingProxyType({"nll": 1.0})
+
+    def weights(self, batch: Batch) -> dict[str, Float[Array, ""]]:
+        return {"nll": jnp.sum(batch.loss_weights)}
+
+    def terms(self, model: Model, batch: Batch) -> tuple[dict[str, Float[Array, ""]], dict[str, Metric]]:
+        weights = jnp.asarray(batch.loss_weights)
+        trained = weights > 0
+        stats = token_stats(
+            model.hidden(batch),
+            model.head(),
+            jnp.asarray(batch.tokens),
+            jnp.asarray(batch.segment_ids),
+            vocab_size=model.vocab_size,
+            needed=trained,
+        )
+        count = jnp.sum(trained.astype(jnp.float32))
+        metrics = {
+            "entropy": Metric(jnp.sum(stats.entropy), count),
+            "mean_token_accuracy": Metric(jnp.sum(stats.correct), count),
+        }
+        return {"nll": -jnp.sum(weights * stats.logps)}, metrics
+
+
+def sft() -> Objective:
+    """Supervised fine-tuning: cross-entropy of the trained tokens."""
+    return _SupervisedFineTuning()

@@ -1,0 +1,132 @@
+"""The device mesh: start-up of one or many processes, axis sizes from the config, impossible sizes explained."""
+
+import math
+import os
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh
+
+from posttrain.config import MeshConfig
+from posttrain.errors import UserError, UserErrors
+
+AXES = ("replica", "data", "fsdp", "context", "tensor", "expert")
+ROW_AXES = ("replica", "data", "fsdp")
+"""Axes over which the rows of a batch are split."""
+SERVED_AXES = ("data", "fsdp", "tensor")
+
+
+def axis_sizes(config: MeshConfig) -> dict[str, int]:
+    """Sizes by axis name as configured, -1 included."""
+    return {name: getattr(config, name) for name in AXES}
+
+
+def check_mesh(config: MeshConfig) -> list[str]:
+    """Problems that can be seen without a device."""
+    sizes = axis_sizes(config)
+    problems = [
+        f"mesh.{name} = {size}: only 1 is served yet; split over data, fsdp or tensor instead"
+        for name, size in sizes.items()
+        if name not in SERVED_AXES and size != 1
+    ]
+    problems += [
+        f"mesh.{name} = {size}: an axis has a size of at least 1, or -1 for whatever devices remain"
+        for name, size in sizes.items()
+        if size < 1 and size != -1
+    ]
+    rest = [name for name, size in sizes.items() if size == -1]
+    if len(rest) > 1:
+        problems.append(f"mesh: {' and '.join(rest)} are both -1; only one axis can take whatever devices remain")
+    return problems
+
+
+def start_processes(mesh: MeshConfig) -> None:
+    """Joins the processes of this run and, on CPU, emulates as many devices as the mesh asks for.
+
+    Must run before the first use of a device. Plain hosts name their peers by `JAX_COORDINATOR_ADDRESS`,
+    `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`; SLURM (several tasks), Cloud TPU and GKE pods are found by JAX itself.
+    """
+    env = os.environ
+    count = 1
+    if "JAX_COORDINATOR_ADDRESS" in env and "JAX_NUM_PROCESSES" in env:
+        count = int(env["JAX_NUM_PROCESSES"])
+    _emulate_devices(mesh, count)
+    if jax.distributed.is_initialized():
+        return
+    if count > 1:
+        missing = [name for name in ("JAX_PROCESS_ID",) if name not in env]
+        if missing:
+            raise UserError(f"JAX_NUM_PROCESSES={count} needs {missing[0]} too: 0 to {count - 1}, one per process")
+        jax.distributed.initialize(
+            coordinator_address=env["JAX_COORDINATOR_ADDRESS"],
+            num_processes=count,
+            process_id=int(env["JAX_PROCESS_ID"]),
+        )
+    elif int(env.get("SLURM_NTASKS", "1")) > 1 or "," in env.get("TPU_WORKER_HOSTNAMES", ""):
+        jax.distributed.initialize()
+
+
+def _emulate_devices(mesh: MeshConfig, processes: int) -> None:
+    """Only the CPU backend reads this setting: accelerators are left as they are."""
+    sizes = [size for size in axis_sizes(mesh).values() if size != -1]
+    wanted = math.prod(sizes)
+    chosen_by_user = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if wanted > processes and wanted % processes == 0 and not chosen_by_user and not _backend_started():
+        jax.config.update("jax_num_cpu_devices", wanted // processes)
+
+
+def _backend_started() -> bool:
+    from jax._src import xla_bridge  # no public way to ask without starting it
+
+    return xla_bridge.backends_are_initialized()
+
+
+def resolve_sizes(config: MeshConfig, device_count: int) -> dict[str, int]:
+    """Axis sizes with -1 filled in. Raises `UserError` when they do not multiply to the device count."""
+    problems = check_mesh(config)
+    if problems:
+        raise UserErrors(problems)
+    sizes = axis_sizes(config)
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    named = " x ".join(f"{name} {size}" for name, size in sizes.items() if size != 1) or "1"
+    free = next((name for name, size in sizes.items() if size == -1), None)
+    if free is not None:
+        if device_count % fixed:
+            raise UserError(
+                f"mesh: {named}: the fixed axes need a multiple of {fixed} devices, there are {device_count}; "
+                f"choose sizes whose product divides {device_count}"
+            )
+        return sizes | {free: device_count // fixed}
+    if fixed != device_count:
+        hint = "" if jax.default_backend() != "cpu" else " (XLA_FLAGS=--xla_force_host_platform_device_count sets it)"
+        raise UserError(
+            f"mesh: {named} needs {fixed} devices, there are {device_count}{hint}; "
+            "change the sizes or set one axis to -1"
+        )
+    return sizes
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """A mesh with all six axes (most of size 1) over all devices of all processes."""
+    sizes = resolve_sizes(config, jax.device_count())
+    shape = tuple(sizes[name] for name in AXES)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def single_device_mesh() -> Mesh:
+    """All axes of size 1, on this process's first device."""
+    devices = np.array(jax.local_devices()[:1]).reshape((1,) * len(AXES))
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def row_shards(sizes: Mapping[str, int]) -> int:
+    """Over how many devices the rows of a batch are split."""
+    return math.prod(sizes[name] for name in ROW_AXES)
+
+
+def barrier(name: str) -> None:
+    """Waits until every process has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)

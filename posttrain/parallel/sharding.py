@@ -1,0 +1,164 @@
+"""Where arrays live: the logical-to-mesh axis table, and the one matcher that addresses parameters by name.
+
+Parameters name their dims logically (`embed`, `heads`, ...); one table says over which mesh axes each is split. A dim
+that its axes do not divide is repeated instead, and `Placement.repeated` says so.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Shaped
+
+from posttrain.errors import UserErrors
+from posttrain.parallel.mesh import ROW_AXES
+from posttrain.records import Batch, Params
+
+MESH_AXES: dict[str | None, tuple[str, ...]] = {
+    "rows": ROW_AXES,
+    "tokens": ("context",),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "layers": (),
+    "head_size": (),
+    "width": (),
+    None: (),
+}
+"""Logical dim name -> mesh axes. `embed` is the model width of parameters, `width` that of activations."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where one array lives."""
+
+    sharding: NamedSharding
+    repeated: tuple[str, ...]
+    """Dims kept whole because an axis does not divide them, e.g. `heads 9 over tensor 2`."""
+
+
+def place(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> Placement:
+    """Placement of an array whose dims have these logical names."""
+    entries: list[tuple[str, ...] | None] = []
+    repeated = []
+    for name, size in zip(axes, shape, strict=True):
+        mesh_axes = tuple(a for a in MESH_AXES[name] if mesh.shape[a] > 1)
+        shards = math.prod(mesh.shape[a] for a in mesh_axes)
+        if size % shards:
+            repeated.append(f"{name} {size} over {' x '.join(mesh_axes)} {shards}")
+            mesh_axes = ()
+        entries.append(mesh_axes or None)
+    return Placement(NamedSharding(mesh, PartitionSpec(*entries)), tuple(repeated))
+
+
+def constrain(x: Shaped[Array, "..."], *axes: str | None) -> Shaped[Array, "..."]:
+    """Fixes an activation's placement inside jit, under the mesh of `jax.set_mesh`; nothing where no mesh is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    entries = []
+    for name, size in zip(axes, x.shape, strict=True):
+        mesh_axes = tuple(a for a in MESH_AXES[name] if mesh.shape[a] > 1)
+        divides = size % math.prod(mesh.shape[a] for a in mesh_axes) == 0
+        entries.append(mesh_axes if mesh_axes and divides else None)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of batch arrays `[A, B, T]`: rows split, accumulation steps and tokens whole."""
+    return NamedSharding(mesh, PartitionSpec(None, ROW_AXES, None))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """One whole copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def local_rows(mesh: Mesh, accumulation: int, rows: int) -> np.ndarray:
+    """Row numbers, within a global batch of `accumulation x rows`, that this process's devices hold; ascending."""
+    index_map = batch_sharding(mesh).addressable_devices_indices_map((accumulation, rows, 1))
+    numbers = np.arange(accumulation * rows).reshape(accumulation, rows)
+    return np.unique(np.concatenate([numbers[index[:2]].ravel() for index in index_map.values() if index]))
+
+
+def global_batch(local: Batch, row_numbers: np.ndarray, mesh: Mesh, accumulation: int, rows: int) -> Batch:
+    """Device arrays `[A, B, T]` from the rows that this process read (`row_numbers`, see `local_rows`)."""
+    sharding = batch_sharding(mesh)
+    numbers = np.arange(accumulation * rows).reshape(accumulation, rows)
+
+    def put(values: np.ndarray) -> Array:
+        shape = (accumulation, rows, values.shape[-1])
+
+        def read(index: Any) -> np.ndarray:
+            wanted = numbers[index[:2]]
+            return values[np.searchsorted(row_numbers, wanted), index[2]]
+
+        return jax.make_array_from_callback(shape, sharding, read)
+
+    return jax.tree.map(put, local)
+
+
+def flatten(params: Params) -> dict[str, Any]:
+    """Nested dict -> leaves by joined path, e.g. `layers/attn/q/kernel`."""
+    return traverse_util.flatten_dict(params, sep="/")
+
+
+def unflatten(leaves: Mapping[str, Any]) -> Params:
+    """The inverse of `flatten`."""
+    return traverse_util.unflatten_dict(dict(leaves), sep="/")
+
+
+_LAYER_RANGE = re.compile(r"^(?P<stack>\w+)\[(?P<low>\d*):(?P<high>\d*)\](?P<rest>.*)$", re.DOTALL)
+
+Selection = bool | np.ndarray
+"""All of a parameter, nothing of it, or, for a stacked one, a boolean per layer."""
+
+
+def select(patterns: Sequence[str], shapes: Mapping[str, Sequence[int]], key: str) -> dict[str, Selection]:
+    """Which parameters the patterns name: regular expressions of whole paths, with an optional layer range
+    (`layers[0:12]/attn/.*`, counted as Python does). Raises `UserErrors`, naming the config `key`, for a pattern that
+    is no expression, matches nothing or leaves the layers."""
+    chosen: dict[str, Selection] = dict.fromkeys(shapes, False)
+    problems = []
+    for pattern in patterns:
+        ranged = _LAYER_RANGE.match(pattern)
+        body = ranged["stack"] + ranged["rest"] if ranged else pattern
+        try:
+            expression = re.compile(body)
+        except re.error as error:
+            problems.append(f"{key}: {pattern!r} is not a regular expression: {error}")
+            continue
+        matches = [path for path in shapes if expression.fullmatch(path)]
+        if not matches:
+            near = difflib.get_close_matches(body, list(shapes), n=3, cutoff=0.0)
+            problems.append(f"{key}: {pattern!r} matches no parameter; the nearest are {', '.join(near)}")
+        for path in matches:
+            if ranged is None:
+                chosen[path] = True
+                continue
+            layers = shapes[path][0] if path.startswith(f"{ranged['stack']}/") else 0
+            span = slice(int(ranged["low"] or 0), int(ranged["high"] or layers))
+            if not 0 <= span.start < span.stop <= layers:
+                problems.append(f"{key}: {pattern!r} names layers {span.start} to {span.stop} of {path}: has {layers}")
+                break
+            mask = np.zeros(layers, bool)
+            mask[span] = True
+            chosen[path] = mask | chosen[path]
+    if problems:
+        raise UserErrors(problems)
+    return {path: _simplify(value) for path, value in chosen.items()}
+
+
+def _simplify(value: Selection) -> Selection:
+    if isinstance(value, np.ndarray) and value.all():
+        return True
+    return value

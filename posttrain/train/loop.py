@@ -1,0 +1,238 @@
+"""The run, top to bottom, for every method: resume or start, compile once, step, evaluate, save, export."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from posttrain.errors import UserError
+from posttrain.models import hf
+from posttrain.parallel.mesh import barrier
+from posttrain.parallel.sharding import batch_sharding
+from posttrain.records import Batch, Params, TrainState
+from posttrain.train.checkpoint import BEST_METRIC, Checkpoints
+from posttrain.train.flops import StepFlops, peak_flops
+from posttrain.train.heldout import DatasetLoss, global_batches
+from posttrain.train.metrics import Console, MetricsLog, Throughput
+from posttrain.train.resume import check_resume, save_config
+from posttrain.train.setup import Experiment
+from posttrain.train.step import Scalars, make_train_step
+from posttrain.train.stop import StopRequest
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended."""
+
+    step: int
+    stopped_by: int | None
+    """The signal that ended it before its last step."""
+    run_dir: epath.Path
+    export_dir: epath.Path | None
+
+
+class OneShape:
+    """A function compiled once, ahead of time. A call with other shapes is an error that says which changed."""
+
+    def __init__(self, function: Callable[..., Any], mesh: jax.sharding.Mesh, *arguments: Any, donate: tuple[int, ...]):
+        self._expected = [_shapes(argument) for argument in arguments]
+        with jax.set_mesh(mesh):
+            self.compiled = jax.jit(function, donate_argnums=donate).lower(*arguments).compile()
+
+    def __call__(self, *arguments: Any) -> Any:
+        for position, (argument, expected) in enumerate(zip(arguments, self._expected, strict=True)):
+            found = _shapes(argument)
+            if found != expected:
+                changed = [f"{k}: {found.get(k)} instead of {v}" for k, v in expected.items() if found.get(k) != v]
+                raise RuntimeError(
+                    f"argument {position} of the compiled step changed shape, which would compile a second time: "
+                    + "; ".join(changed)
+                )
+        return self.compiled(*arguments)
+
+
+def _shapes(tree: Any) -> dict[str, tuple[Any, ...]]:
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): (tuple(leaf.shape), str(leaf.dtype)) for path, leaf in leaves}
+
+
+def abstract_batch(experiment: Experiment) -> Batch:
+    """Shapes and sharding of what the train step is fed."""
+    shape = (experiment.accumulation, experiment.micro_rows, experiment.config.data.row_length)
+    sharding = batch_sharding(experiment.mesh)
+    ints = jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding)
+    return Batch(ints, ints, ints, jax.ShapeDtypeStruct(shape, np.float32, sharding=sharding))
+
+
+def compile_step(experiment: Experiment) -> OneShape:
+    """The train step of this experiment, compiled for its mesh; the state is donated."""
+    step = make_train_step(experiment.loss, experiment.optimizer)
+    return OneShape(step, experiment.mesh, experiment.abstract_state(), abstract_batch(experiment), donate=(0,))
+
+
+def run(experiment: Experiment) -> RunResult:
+    """Trains from wherever the run directory stands to its last step, or until it is asked to stop."""
+    config, data, mesh = experiment.config, experiment.data, experiment.mesh
+    run_dir = epath.Path(config.run.dir)
+    is_main = jax.process_index() == 0
+    last_step = data.train.num_steps
+
+    # --- Where the run stands -------------------------------------------------------------------------------------
+    checkpoints = Checkpoints(run_dir, config.checkpoint)
+    start = checkpoints.latest_step()
+    differences = check_resume(run_dir, config, start)
+    barrier("resume checked")
+    if is_main:
+        save_config(run_dir, config)
+    console = Console(total_steps=last_step, is_main=is_main)
+    for key, old, new in differences:
+        console.note(f"resume: {key} was {old!r}, is {new!r}")
+    if start is None:
+        state, tokens_seen, start, meta = experiment.initial_state(), 0, 0, {}
+        console.note(f"starting at step 0 of {last_step} in {run_dir}")
+    else:
+        state, meta = checkpoints.restore(start, experiment.abstract_state())
+        tokens_seen = int(meta["num_tokens"])
+        if meta["data"] != data.fingerprint:
+            raise UserError(
+                f"{run_dir}: the training data is not what it was at step {start} (other files, rows or tokenizer); "
+                "restore it, or use another run.dir"
+            )
+        console.note(f"resumed at step {start} of {last_step} from {run_dir}")
+    log = MetricsLog(run_dir, tensorboard=config.log.tensorboard, is_main=is_main, resume_step=start)
+
+    # --- Compile, once ----------------------------------------------------------------------------------------------
+    heldout_loss = DatasetLoss(experiment.loss, mesh, experiment.micro_rows)
+    train_step = None
+    if start < last_step:
+        compile_start = time.monotonic()
+        train_step = compile_step(experiment)
+        console.note(f"compiled the train step in {time.monotonic() - compile_start:.1f} s")
+    peak, peak_source = peak_flops(jax.devices())
+    console.note(f"MFU is relative to {peak_source}")
+    throughput = Throughput(total_steps=last_step - start, peak_flops=peak)
+    flops = StepFlops(experiment.model.config)
+
+    def evaluate(step: int, params: Params) -> dict[str, float] | None:
+        if data.heldout is None:
+            return None
+        values = {f"eval_{name}": value for name, value in heldout_loss(params, data.heldout).items()}
+        log.log(step, values | {"epoch": data.train.epoch(step)})
+        console.heldout(step, values)
+        throughput.pause()
+        return values
+
+    def save(step: int, state: TrainState, values: dict[str, float] | None) -> None:
+        log.sync()
+        best = None if values is None else {BEST_METRIC: values[BEST_METRIC]}
+        meta = {"num_tokens": tokens_seen, "data": data.fingerprint, "evaluated": values is not None}
+        checkpoints.save(step, state, meta, best)
+        throughput.pause()
+
+    def is_due(step: int) -> bool:
+        return step % config.checkpoint.every == 0 or step == last_step
+
+    def is_evaluated(step: int) -> bool:
+        return (
+            step % config.evaluate.every == 0
+            or step == last_step
+            or (is_due(step) and bool(config.checkpoint.keep_best))
+        )
+
+    def read(step: int, logged: Scalars, work: float) -> None:
+        """Waits for a step that was dispatched, and logs it."""
+        nonlocal tokens_seen
+        values = {name: float(value) for name, value in jax.device_get(logged).items()}
+        tokens = int(values.pop("num_tokens"))
+        tokens_seen += tokens
+        if not values.pop("finite"):
+            _on_nonfinite(experiment, run_dir, step, values, console)
+        speed = throughput.step(tokens, work)
+        if step % config.log.every == 0 or step == last_step:
+            position = {"num_tokens": tokens_seen, "epoch": data.train.epoch(step), "global_step": step}
+            log.log(step, values | position | speed)
+        console.step(step, values | {"epoch": data.train.epoch(step)} | speed)
+
+    # --- Train --------------------------------------------------------------------------------------------------------
+    step, pending, stopped_by = start, None, None
+    on_cpu = jax.default_backend() == "cpu"
+    batches = global_batches(data.train, mesh, experiment.micro_rows, start)
+    with StopRequest(mesh) as stop, console, log:
+        if start == 0 or (is_evaluated(start) and not meta["evaluated"]):
+            evaluate(start, state.params)
+        for step, (index, batch) in enumerate(batches, start + 1):
+            assert train_step is not None and index == step - 1
+            _profile(config.log.profile_steps, step - 1, run_dir)
+            state, logged = train_step(state, batch)
+            if pending is not None:
+                read(*pending)
+            pending = (step, logged, flops(data.train, step - 1))
+            stopped_by = stop.agreed()
+            ends_here = stopped_by is not None or is_due(step) or is_evaluated(step)
+            # Emulated devices share the cores: run-ahead buys nothing, and collectives that nobody awaits can hang.
+            if on_cpu or ends_here:
+                read(*pending)
+                pending = None
+            if ends_here:
+                values = evaluate(step, state.params) if is_evaluated(step) and stopped_by is None else None
+                if stopped_by is not None or is_due(step):
+                    save(step, state, values)
+            if stopped_by is not None:
+                break
+
+        # --- End ------------------------------------------------------------------------------------------------------
+        checkpoints.close()
+    finished = step >= last_step
+    export_dir = None
+    if finished and config.checkpoint.export_at_end:
+        export_dir = export_once(experiment, state.params, run_dir / "export")
+        console.note(f"exported to {export_dir}")
+    if not finished:
+        console.note(f"stopped after step {step} of {last_step}, saved; the same command goes on from there")
+    return RunResult(step, None if finished else stopped_by, run_dir, export_dir)
+
+
+def export_once(experiment: Experiment, params: Params, directory: epath.Path) -> epath.Path:
+    """The Hugging Face directory of a finished run; one that is there already was written whole and is left alone."""
+    if not (directory / "config.json").exists():
+        model = experiment.model
+        hf.export_hf(
+            params,
+            model.config,
+            directory,
+            raw_config=model.raw_config,
+            tokenizer=experiment.tokenizer,
+            generation_config=hf.load_generation_config(model.directory),
+        )
+    return directory
+
+
+def _on_nonfinite(
+    experiment: Experiment, run_dir: epath.Path, step: int, values: dict[str, float], console: Console
+) -> None:
+    """The step changed nothing; saves which rows it saw, then stops or goes on, as configured."""
+    data, rows = experiment.data.train, experiment.config.train.global_batch_size
+    described = {str(row): data.describe(step - 1, row) for row in range(rows)}
+    file = run_dir / f"nonfinite-step-{step}.json"
+    if jax.process_index() == 0:
+        logged = {name: repr(value) for name, value in values.items()}
+        file.write_text(json.dumps({"step": step, "logged": logged, "rows": described}))
+    message = (
+        f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}: not finite; "
+        f"parameters and optimizer were left as they were; the rows of the step are in {file}"
+    )
+    if experiment.config.train.on_nonfinite == "stop":
+        raise UserError(f"{message}. To pass over such steps: train.on_nonfinite skip")
+    console.note(message)
+
+
+def _profile(steps: tuple[int, int] | None, done: int, run_dir: epath.Path) -> None:
+    if steps is not None and done == steps[0]:
+        jax.profiler.start_trace(str(run_dir / "profile"))
+    elif steps is not None and done == steps[1]:
+        jax.profiler.stop_trace()

@@ -1,0 +1,80 @@
+"""May this config go on in this run directory? Nothing restarts at step 0, and nothing is written over, unasked."""
+
+from typing import Any
+
+import yaml
+from etils import epath
+
+from posttrain.config import Config, dump_config
+from posttrain.errors import UserError, UserErrors
+
+FREE_KEYS = (
+    "run.dir",
+    "run.resume",
+    "mesh.",
+    "checkpoint.",
+    "log.",
+    "evaluate.",
+    "train.micro_batch_size",
+    "train.on_nonfinite",
+    "model.attention",
+    "model.remat",
+    "data.cache_dir",
+)
+"""What may differ on resume: it changes how the run is carried out, not which run it is."""
+
+
+def config_diff(saved: dict[str, Any], current: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(key, saved value, current value) of every leaf that differs."""
+    old, new = _leaves(saved), _leaves(current)
+    return [
+        (key, old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)
+    ]
+
+
+def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    return leaves
+
+
+def check_resume(run_dir: epath.Path, config: Config, latest: int | None) -> list[tuple[str, Any, Any]]:
+    """Compares with the config that lies in the run directory; returns the harmless differences.
+
+    Raises `UserError` when `run.resume` forbids what is there, and `UserErrors` listing every difference that would
+    make it another run.
+    """
+    if latest is None:
+        if config.run.resume == "must":
+            raise UserError(
+                f"run.resume = must: there is no checkpoint in {run_dir / 'checkpoints'}; "
+                "check run.dir, or use run.resume auto to start at step 0"
+            )
+        return []
+    if config.run.resume == "never":
+        raise UserError(
+            f"run.resume = never: {run_dir} has a checkpoint of step {latest}; "
+            "use another run.dir, or run.resume auto to go on from it"
+        )
+    saved_file = run_dir / "config.yaml"
+    if not saved_file.exists():
+        raise UserError(f"{saved_file} is missing beside the checkpoints: cannot tell which run this is; restore it")
+    differences = config_diff(yaml.safe_load(saved_file.read_text()), config.model_dump(mode="json"))
+    fatal = [item for item in differences if not item[0].startswith(FREE_KEYS)]
+    if fatal:
+        raise UserErrors(
+            [f"{key}: the run in {run_dir} has {old!r}, this config has {new!r}" for key, old, new in fatal]
+            + [f"so this would be another run than the one at step {latest}: restore the values or use another run.dir"]
+        )
+    return [item for item in differences if item[0] != "run.resume"]
+
+
+def save_config(run_dir: epath.Path, config: Config) -> None:
+    """Puts the resolved config into the run directory, whole or not at all."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    partial = run_dir / "config.yaml.partial"
+    partial.write_text(dump_config(config))
+    partial.replace(run_dir / "config.yaml")

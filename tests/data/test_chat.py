@@ -1,0 +1,604 @@
+"""Masks and ids against `transformers`: what it renders, tokenizes and would feed at inference is the reference here.
+
+For every accepted row the ids are those of `apply_chat_template(messages)`, each trained stretch follows exactly those
+of `apply_chat_template(messages[:i], add_generation_prompt=True)`, and its text is the answer and the stop token.
+"""
+
+import itertools
+import json
+import os
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer as Backend
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from posttrain.data.chat import LossOn, Sample, encode_rows
+from posttrain.data.files import BadRow
+from posttrain.data.formats import Row, read_rows
+from posttrain.data.tokenizer import Tokenizer
+from posttrain.errors import UserError
+
+FIXTURE = Path(__file__).parent.parent / "fixtures" / "chat"
+TEMPLATES = FIXTURE / "templates"
+SYSTEM = {"role": "system", "content": "Be brief."}
+USER = {"role": "user", "content": "Who are you?"}
+ANSWER = {"role": "assistant", "content": "A small model 😀."}
+USER_2 = {"role": "user", "content": " And the capital of France?\n"}
+ANSWER_2 = {"role": "assistant", "content": "Paris,\n\nI am told."}
+LONG = (USER, ANSWER, USER_2, ANSWER_2)
+
+
+def load(template: str | None, **options: Any) -> Tokenizer:
+    path = str(TEMPLATES / f"{template}.jinja") if template not in (None, "chatml") else template
+    return Tokenizer.load(str(FIXTURE), chat_template=path, **options)
+
+
+@pytest.fixture(scope="module")
+def chatml() -> Tokenizer:
+    return load("chatml")
+
+
+def chat(*messages: dict[str, str], prompt: int | None = None) -> Row:
+    kind = "messages" if prompt is None else "prompt_completion"
+    return Row("chats.jsonl", 17, kind, messages=messages, prompt_length=prompt or 0)
+
+
+def encode(row: Row, tokenizer: Tokenizer, loss_on: LossOn = "assistant") -> Sample:
+    (sample,) = encode_rows([row], tokenizer, loss_on)
+    assert isinstance(sample, Sample), str(sample)
+    assert (sample.file, sample.line) == (row.file, row.line)
+    assert sample.tokens.dtype == np.int32 and sample.loss_weights.dtype == np.float32
+    assert sample.tokens.shape == sample.loss_weights.shape and sample.loss_weights[0] == 0
+    return sample
+
+
+def refused(row: Row, tokenizer: Tokenizer, loss_on: LossOn = "assistant") -> BadRow:
+    (bad,) = encode_rows([row], tokenizer, loss_on)
+    assert isinstance(bad, BadRow), bad
+    assert (bad.file, bad.line) == (row.file, row.line)
+    return bad
+
+
+def trained(sample: Sample, tokenizer: Tokenizer) -> list[str]:
+    """The text of each trained stretch."""
+    runs = itertools.groupby(range(len(sample.tokens)), key=lambda i: bool(sample.loss_weights[i]))
+    return [tokenizer.decode(sample.tokens[list(run)].tolist()) for on, run in runs if on]
+
+
+def check_law(row: Row, sample: Sample, hf: Any, turns: list[int]) -> None:
+    """Ids and prefixes as `transformers` gives them."""
+    messages = list(row.messages)
+    assert sample.tokens.tolist() == hf.apply_chat_template(messages, tokenize=True, return_dict=False)
+    starts = np.flatnonzero(np.diff(sample.loss_weights, prepend=0) > 0).tolist()
+    assert len(starts) == len(turns)
+    for turn, start in zip(turns, starts, strict=True):
+        fed = hf.apply_chat_template(messages[:turn], tokenize=True, add_generation_prompt=True, return_dict=False)
+        assert sample.tokens[:start].tolist() == fed
+
+
+# ---- masks by hand --------------------------------------------------------------------------------------------------
+
+
+def test_a_mask_token_by_token() -> None:
+    """The file's own ids, spelled out: header, answer, stop token, and the newline that is not trained."""
+    content = json.loads((FIXTURE / "tokenizer.json").read_text())
+    vocab = content["model"]["vocab"] | {token["content"]: token["id"] for token in content["added_tokens"]}
+    row = chat({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+    sample = encode(row, load("chatml"))
+    texts = {id: text for text, id in vocab.items()}
+    cut = [texts[id] for id in sample.tokens.tolist()]
+    header = sample.tokens.tolist().index(vocab["<|im_start|>"], 1)
+    assert cut[header] == "<|im_start|>" and "".join(cut[header + 1 : -3]) == "assistantĊ"
+    assert cut[-3:] == ["b", "<|im_end|>", "Ċ"]
+    assert sample.loss_weights.tolist() == [0.0] * (len(cut) - 3) + [1.0, 1.0, 0.0]
+
+
+STOPS = {
+    "chatml": "<|im_end|>",
+    "default_system": "<|im_end|>",
+    "generation_marks": "<|im_end|>",
+    "date": "<|im_end|>",
+    "trims_content": "<|eot|>",
+    "alternates": "<end_of_turn>",
+    "instructions": "<|im_end|>",
+}
+
+
+@pytest.mark.parametrize("template", STOPS)
+@pytest.mark.parametrize("first", [(), (SYSTEM,)])
+def test_assistant_turns(template: str, first: tuple[dict[str, str], ...]) -> None:
+    if template == "instructions" and first:
+        pytest.skip("this template takes no system message")
+    tokenizer = load(template)
+    row = chat(*first, *LONG)
+    sample = encode(row, tokenizer)
+    space = " " if template == "instructions" else ""
+    assert trained(sample, tokenizer) == [space + m["content"] + STOPS[template] for m in (ANSWER, ANSWER_2)]
+    text = tokenizer.decode(sample.tokens.tolist())
+    assert text == tokenizer.render(row.messages)
+    assert text.count("<s>") == (template in ("trims_content", "alternates", "instructions"))  # one BOS, or none
+
+
+@pytest.mark.parametrize("template", STOPS)
+def test_ids_and_prefixes_are_those_of_transformers(template: str) -> None:
+    if template == "date":
+        pytest.skip("transformers' clock runs")
+    tokenizer = load(template)
+    hf = AutoTokenizer.from_pretrained(FIXTURE)
+    hf.chat_template = tokenizer.chat_template
+    row = chat(*LONG)
+    check_law(row, encode(row, tokenizer), hf, [1, 3])
+    check_law(row, encode(row, tokenizer, "last_assistant"), hf, [3])
+
+
+def test_generation_marks_agree_with_the_derived_mask() -> None:
+    tokenizer = load("generation_marks")
+    hf = AutoTokenizer.from_pretrained(FIXTURE)
+    hf.chat_template = tokenizer.chat_template
+    marked = hf.apply_chat_template(list(LONG), return_dict=True, return_assistant_tokens_mask=True)
+    assert encode(chat(*LONG), tokenizer).loss_weights.tolist() == marked["assistant_masks"]
+
+
+def test_the_stop_token_is_trained_where_it_is_pad_and_eos_too(chatml: Tokenizer) -> None:
+    assert chatml.pad_id == chatml.eos_id
+    sample = encode(chat(*LONG), chatml)
+    ends = np.flatnonzero(sample.tokens == chatml.eos_id)
+    assert sample.loss_weights[ends].tolist() == [0, 1, 0, 1]  # of the users' turns it is context
+
+
+def test_roles_beside_user_and_assistant_are_context(chatml: Tokenizer) -> None:
+    tool = {"role": "tool", "content": "3"}
+    developer = {"role": "developer", "content": "Be brief."}
+    row = chat(developer, USER, ANSWER, tool, ANSWER_2, USER)
+    sample = encode(row, chatml)
+    assert trained(sample, chatml) == [ANSWER["content"] + "<|im_end|>", ANSWER_2["content"] + "<|im_end|>"]
+    assert chatml.decode(sample.tokens.tolist()) == chatml.render(row.messages)
+
+
+def test_two_answers_in_a_row_are_two_turns(chatml: Tokenizer) -> None:
+    sample = encode(chat(USER, ANSWER, ANSWER_2), chatml)
+    assert trained(sample, chatml) == [ANSWER["content"] + "<|im_end|>", ANSWER_2["content"] + "<|im_end|>"]
+
+
+# ---- loss_on --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("loss_on", "prompt", "expected"),
+    [
+        ("assistant", None, ["A1", "A2"]),
+        ("assistant", 1, ["A1", "A2"]),
+        ("assistant", 2, ["A2"]),
+        ("assistant", 3, ["A2"]),
+        ("last_assistant", None, ["A2"]),
+        ("last_assistant", 1, ["A2"]),
+        ("completion", 3, ["A2"]),
+        ("completion", 1, ["A1\n<|im_start|>user\nU2<|im_end|>\n<|im_start|>assistant\nA2"]),
+        ("completion", 2, ["<|im_start|>user\nU2<|im_end|>\n<|im_start|>assistant\nA2"]),
+    ],
+)
+def test_loss_on(chatml: Tokenizer, loss_on: LossOn, prompt: int | None, expected: list[str]) -> None:
+    names = {"A1": ANSWER["content"] + "<|im_end|>", "A2": ANSWER_2["content"] + "<|im_end|>", "U2": USER_2["content"]}
+    texts = [re.sub("A1|A2|U2", lambda m: names[m[0]], text) for text in expected]
+    assert trained(encode(chat(*LONG, prompt=prompt), chatml, loss_on), chatml) == texts
+
+
+@pytest.mark.parametrize("prompt", [None, 3])
+def test_loss_on_all(chatml: Tokenizer, prompt: int | None) -> None:
+    sample = encode(chat(*LONG, prompt=prompt), chatml, "all")
+    assert sample.loss_weights.tolist() == [0.0] + [1.0] * (len(sample.tokens) - 1)
+    assert encode(chat(USER), chatml, "all").loss_weights.sum() > 0
+
+
+def test_a_completion_that_ends_with_the_user_is_trained_to_its_end(chatml: Tokenizer) -> None:
+    sample = encode(chat(USER, ANSWER, USER_2, prompt=1), chatml, "completion")
+    assert trained(sample, chatml)[0].endswith(USER_2["content"] + "<|im_end|>\n")
+
+
+def test_completion_needs_a_prompt(chatml: Tokenizer) -> None:
+    bad = refused(chat(*LONG), chatml, "completion")
+    assert bad.key == "messages" and "does not say where its prompt ends" in bad.reason
+
+
+# ---- plain text -----------------------------------------------------------------------------------------------------
+
+
+def plain(prompt: str, completion: str) -> Row:
+    return Row("pairs.jsonl", 3, "prompt_completion", prompt=prompt, completion=completion)
+
+
+@pytest.mark.parametrize("loss_on", ["assistant", "completion", "last_assistant", "all"])
+def test_text_rows(chatml: Tokenizer, loss_on: LossOn) -> None:
+    for text in ("Paris is the capital.", "Paris.<|im_end|>"):
+        sample = encode(Row("t.jsonl", 3, "text", text=text), chatml, loss_on)
+        expected = "<s>" + text.removesuffix("<|im_end|>") + "<|im_end|>"
+        assert chatml.decode(sample.tokens.tolist()) == expected
+        assert sample.tokens[0] == chatml.bos_id and (sample.tokens == chatml.eos_id).sum() == 1
+        assert sample.loss_weights.tolist() == [0.0] + [1.0] * (len(sample.tokens) - 1)
+
+
+def byte_starts(tokens: np.ndarray) -> np.ndarray:
+    """Where each token begins in the text's UTF-8, from the vocabulary: a byte-level token has a character per byte."""
+    content = json.loads((FIXTURE / "tokenizer.json").read_text())
+    lengths = {id: len(token) for token, id in content["model"]["vocab"].items()}
+    lengths |= {token["id"]: len(token["content"].encode()) for token in content["added_tokens"]}
+    return np.cumsum([0, 0, *(lengths[id] for id in tokens[1:-1].tolist())])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [
+        ("The capital of France?", " Paris."),
+        ("The capital of France?", " Paris.<|im_end|>"),
+        ("The capital of France? ", "the city"),  # " the" holds the prompt's last character
+        ("日", "本語"),  # so does a token that holds parts of two characters
+        ("你", "好"),
+        ("é", "\u0301e"),
+        ("<|im_start|>", "model"),
+        ("one\n", "\n\ntwo"),
+    ],
+)
+def test_strings_of_prompt_and_completion(chatml: Tokenizer, prompt: str, completion: str) -> None:
+    sample = encode(plain(prompt, completion), chatml)
+    text = "<s>" + prompt + completion.removesuffix("<|im_end|>") + "<|im_end|>"
+    assert chatml.decode(sample.tokens.tolist()) == text
+    expected = byte_starts(sample.tokens) >= len(prompt.encode())
+    assert sample.loss_weights.tolist() == expected.tolist()
+    everything = encode(plain(prompt, completion), chatml, "all")
+    assert everything.loss_weights.tolist() == [0.0] + [1.0] * (len(everything.tokens) - 1)
+
+
+def test_an_empty_prompt_trains_all_but_the_first_token(chatml: Tokenizer) -> None:
+    sample = encode(plain("", "Paris"), chatml)
+    assert trained(sample, chatml) == ["Paris<|im_end|>"]
+
+
+def test_plain_text_needs_an_end_token(tmp_path: Path) -> None:
+    hf = PreTrainedTokenizerFast(tokenizer_file=str(FIXTURE / "tokenizer.json"))
+    with pytest.raises(UserError, match=r"t\.jsonl:3: .*has none; fix: set tokenizer\.eos_token"):
+        encode_rows([Row("t.jsonl", 3, "text", text="a")], Tokenizer(hf, source="model"), "assistant")
+
+
+# ---- what templates do ----------------------------------------------------------------------------------------------
+
+
+def test_thoughts_stripped_from_history() -> None:
+    tokenizer = load("strips_thinking")
+    single = encode(chat(SYSTEM, USER, ANSWER), tokenizer)
+    assert trained(single, tokenizer) == ["<think>\n\n</think>\n\n" + ANSWER["content"] + "<|im_end|>"]
+    bad = refused(chat(*LONG), tokenizer)
+    assert bad.key == "messages[1]" and "renders this turn differently once later messages follow" in bad.reason
+    assert "'<think>" in bad.reason and "fix: one assistant turn a row, or data.loss_on last_assistant" in bad.reason
+    last = encode(chat(*LONG), tokenizer, "last_assistant")
+    assert trained(last, tokenizer) == ["<think>\n\n</think>\n\n" + ANSWER_2["content"] + "<|im_end|>"]
+    assert trained(encode(chat(*LONG, prompt=3), tokenizer), tokenizer) == trained(last, tokenizer)
+
+
+def test_a_generation_prompt_that_the_answer_does_not_continue() -> None:
+    tokenizer = load("opens_thinking")
+    bad = refused(chat(USER, ANSWER), tokenizer)
+    assert bad.key == "messages[1]" and "does not begin as the chat template's generation prompt does" in bad.reason
+    assert "'<think>\\n' against 'A small model" in bad.reason
+    bad = refused(chat(USER, ANSWER, prompt=1), tokenizer, "completion")
+    assert bad.key == "completion" and "does not continue the rendered prompt" in bad.reason
+    thinking = {"role": "assistant", "content": "<think>\nHm.</think>Paris"}
+    assert trained(encode(chat(USER, thinking), tokenizer), tokenizer) == ["Hm.</think>Paris<|im_end|>"]
+
+
+@pytest.mark.parametrize("content", ["Paris", "Paris</think>", "Paris<|eot|>"])
+def test_a_template_without_a_stop_token(content: str) -> None:
+    bad = refused(chat(USER, {"role": "assistant", "content": content}), load("no_stop"))
+    assert bad.key == "messages[1]" and "does not end the assistant's turn with a special token" in bad.reason
+    assert repr(content + "\n")[1:] in bad.reason
+
+
+def test_several_tokens_close_a_turn(tmp_path: Path) -> None:
+    """The first that ends a generation is where the turn ends."""
+    tokenizer = load("two_stops")
+    assert trained(encode(chat(USER, ANSWER), tokenizer), tokenizer) == [ANSWER["content"] + "<|end|>\n<|im_end|>"]
+    assert "differently once later messages follow" in refused(chat(*LONG), tokenizer).reason
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((FIXTURE / name).read_bytes())
+    stops = [tokenizer.eos_id, *tokenizer.encode("<|end|>")]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+    tokenizer = Tokenizer.load(str(tmp_path), chat_template=str(TEMPLATES / "two_stops.jinja"))
+    expected = [m["content"] + "<|end|>" for m in (ANSWER, ANSWER_2)]
+    assert trained(encode(chat(*LONG), tokenizer), tokenizer) == expected
+
+
+def test_what_a_template_raises_is_the_reason() -> None:
+    bad = refused(chat(USER, USER_2, ANSWER), load("alternates"))
+    assert bad.key == "" and "Conversation roles must alternate user/assistant/user/assistant/..." in bad.reason
+    assert "Only user and assistant roles" in refused(chat(SYSTEM, USER, ANSWER), load("instructions")).reason
+
+
+def test_a_template_that_leaves_messages_out() -> None:
+    tokenizer = load("only_user_and_assistant")
+    for role in ("system", "developer", "tool"):
+        # The content stands elsewhere in the conversation too: the role decides, not the text.
+        row = chat(USER, {"role": role, "content": "model"}, ANSWER)
+        bad = refused(row, tokenizer)
+        assert bad.key == "messages[1].role" and f"leaves this message out (role '{role}')" in bad.reason
+    assert refused(chat(USER, SYSTEM, ANSWER, prompt=1), tokenizer).key == "completion[0].role"
+    encode(chat(*LONG), tokenizer)
+
+
+def test_no_template_at_all() -> None:
+    with pytest.raises(UserError, match="no chat template"):
+        encode_rows([chat(*LONG)], load(None), "assistant")
+
+
+# ---- rows that cannot be trained on exactly -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "loss_on", "key", "reason"),
+    [
+        (chat(USER), "assistant", "messages", "has no assistant message"),
+        (chat(USER, ANSWER, USER_2, prompt=2), "assistant", "completion", "has no assistant message"),
+        (chat(USER), "last_assistant", "messages", "has no assistant message"),
+        (chat(ANSWER, USER, ANSWER), "assistant", "messages[0]", "begins with the assistant: no prompt leads to this"),
+        (chat(USER, {"role": "assistant", "content": ""}), "assistant", "messages[1].content", "is empty"),
+        (chat(USER, {"role": "assistant", "content": " \n"}, prompt=1), "assistant", "completion[0].content", "is em"),
+        (
+            chat(USER, {"role": "assistant", "content": "a<|im_end|>b"}),
+            "assistant",
+            "messages[1].content",
+            "holds the stop token '<|im_end|>'",
+        ),
+        (
+            chat(USER, {"role": "assistant", "content": "\n\nParis"}),
+            "assistant",
+            "messages[1].content",
+            "with the end of its prompt: the row has '\\n\\n\\n' where the model is fed '\\n' at inference; fix: no",
+        ),
+    ],
+)
+def test_refused_rows(chatml: Tokenizer, row: Row, loss_on: LossOn, key: str, reason: str) -> None:
+    bad = refused(row, chatml, loss_on)
+    assert bad.key == key and reason in bad.reason
+
+
+def test_untrained_turns_need_not_be_right(chatml: Tokenizer) -> None:
+    """An empty or odd answer that is only context is rendered as it is."""
+    odd = {"role": "assistant", "content": "\n\n<|im_end|>"}
+    for first in (ANSWER, odd, {"role": "assistant", "content": ""}):
+        sample = encode(chat(USER, first, USER_2, ANSWER_2), chatml, "last_assistant")
+        assert trained(sample, chatml) == [ANSWER_2["content"] + "<|im_end|>"]
+    assert trained(encode(chat(ANSWER, USER, ANSWER_2), chatml, "last_assistant"), chatml) == [
+        ANSWER_2["content"] + "<|im_end|>"
+    ]
+
+
+def test_good_and_bad_rows_keep_their_order(chatml: Tokenizer) -> None:
+    rows = [chat(*LONG), chat(USER), Row("t", 1, "text", text="Paris"), plain("a", " b"), chat(SYSTEM, USER, ANSWER)]
+    together = encode_rows(rows * 500, chatml, "assistant")
+    assert len(together) == 2500 and encode_rows([], chatml, "assistant") == []
+    for i, result in enumerate(together):
+        (alone,) = encode_rows([rows[i % 5]], chatml, "assistant") if i < 5 else (together[i % 5],)
+        assert type(result) is type(alone) is (BadRow if i % 5 == 1 else Sample)
+        if isinstance(result, Sample) and isinstance(alone, Sample):
+            np.testing.assert_array_equal(result.tokens, alone.tokens)
+            np.testing.assert_array_equal(result.loss_weights, alone.loss_weights)
+
+
+# ---- tokenizers of all kinds ----------------------------------------------------------------------------------------
+
+PIECES = [
+    "Paris",
+    " is",
+    "the capital",
+    "\n",
+    "\n\n",
+    "  ",
+    "\t",
+    "é",
+    "é",
+    "你好",
+    "日本語",
+    "😀",
+    "👩‍👩‍👧",
+    "1234",
+    ".",
+    "?!",
+    "ﬁ",
+    "<",
+    "<|",
+    "¼",
+]
+
+
+def make_backend(kind: str) -> Backend:
+    """Tokenizers with the traits of real ones, trained on a few lines."""
+    text = (FIXTURE / "make_tokenizer.py").read_text()
+    special = ["<unk>", "<s>", "<|im_end|>", "<|im_start|>", "<|eot|>"]
+    if kind == "byte_level_with_prefix_space":
+        backend = Backend(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        backend.post_processor = processors.ByteLevel(trim_offsets=True)
+        backend.normalizer = normalizers.NFC()
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        )
+    elif kind == "byte_fallback":  # Llama 2, Mistral
+        backend = Backend(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+        trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special[:1] + bytes_, show_progress=False)
+    elif kind == "metaspace_first":  # Llama 2 as converted with legacy=False
+        backend = Backend(models.BPE(unk_token="<unk>", fuse_unk=True))
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+        trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special[:1], show_progress=False)
+    else:  # T5, Gemma 1: sentencepiece unigram
+        backend = Backend(models.Unigram())
+        backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(" ", "▁")])
+        trainer = trainers.UnigramTrainer(
+            vocab_size=300, special_tokens=special[:1], unk_token="<unk>", show_progress=False
+        )
+    backend.train_from_iterator(text.splitlines(keepends=True), trainer)
+    backend.add_special_tokens(
+        [AddedToken(t, normalized=False, rstrip=t == "<|im_start|>", lstrip=t == "<|eot|>") for t in special]
+    )
+    # Found in normalized text, as whole words, and whitespace: not to be relied on as cuts.
+    backend.add_tokens([AddedToken("capital", normalized=True), AddedToken("is", single_word=True), AddedToken("\n\n")])
+    return backend
+
+
+@pytest.mark.parametrize("template", ["chatml", "trims_content", "instructions", "no_header"])
+@pytest.mark.parametrize(
+    "kind", ["byte_level", "byte_level_with_prefix_space", "byte_fallback", "metaspace_first", "unigram"]
+)
+def test_random_conversations_are_exact_or_refused(tmp_path: Path, kind: str, template: str) -> None:
+    """Odd texts at every boundary: what is accepted obeys the law, and what is refused breaks it."""
+    if kind == "byte_level":
+        hf = AutoTokenizer.from_pretrained(FIXTURE)
+    else:
+        backend = make_backend(kind)
+        hf = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="<|im_end|>")
+    if template == "no_header":  # the answer follows the prompt's text, with no token between
+        hf.chat_template = (
+            "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+        )
+    else:
+        hf.chat_template = load(template).chat_template
+    tokenizer = Tokenizer(hf, source=kind)
+    random_ = random.Random(f"{kind} {template}")
+
+    def message(role: str) -> dict[str, str]:
+        return {"role": role, "content": "".join(random_.choices(PIECES, k=random_.randint(1, 4))) or "x"}
+
+    rows = [chat(*(message(role) for role in ("user", "assistant") * random_.randint(1, 3))) for _ in range(150)]
+    accepted = 0
+    for row, result in zip(rows, encode_rows(rows, tokenizer, "assistant"), strict=True):
+        turns = [i for i, m in enumerate(row.messages) if m["role"] == "assistant"]
+        if isinstance(result, Sample):
+            accepted += 1
+            check_law(row, result, hf, turns)
+            continue
+        if result.reason.startswith("is empty"):
+            continue
+        assert "is tokenized together with the end of its prompt" in result.reason
+        whole = hf.apply_chat_template(list(row.messages), return_dict=False)
+        prefixes = [
+            hf.apply_chat_template(list(row.messages[:turn]), add_generation_prompt=True, return_dict=False)
+            for turn in turns
+        ]
+        assert any(whole[: len(prefix)] != prefix for prefix in prefixes)
+    assert accepted > 20
+
+
+def test_offsets_without_the_leading_space() -> None:
+    """The token " the" is the prompt's where the prompt ends with its space, though its offsets begin behind it."""
+    backend = make_backend("byte_level_with_prefix_space")
+    hf = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+    tokenizer = Tokenizer(hf, source="trimmed")
+    ((ids, offsets),) = tokenizer.encode_with_offsets(["What is the"], add_special_tokens=True)
+    assert offsets[-1].tolist() == [8, 11] and tokenizer.decode(ids[-1:].tolist()) == " the"
+    assert trained(encode(plain("What is ", "the user"), tokenizer), tokenizer) == [" user<|im_end|>"]
+    assert trained(encode(plain("What is", " the user"), tokenizer), tokenizer) == [" the user<|im_end|>"]
+
+
+# ---- real templates and tokenizers ----------------------------------------------------------------------------------
+
+
+def trl_templates() -> list[Path]:
+    return sorted(Path(os.environ.get("POSTTRAIN_TRL_TEMPLATES") or "/nonexistent").glob("*.jinja"))
+
+
+def with_tokens_of(template: str) -> Tokenizer:
+    """The fixture's tokenizer with the special tokens that a template writes."""
+    hf = AutoTokenizer.from_pretrained(FIXTURE)
+    pattern = r"<\|[^|<>{}\s]+\|>|<[a-z_]+_of_[a-z]+>|<\|?turn\|?>|<\uff5c[^\uff5c<>{}]+\uff5c>"
+    tokens = sorted(set(re.findall(pattern, template)) - set(hf.get_vocab()))
+    hf.add_special_tokens({"additional_special_tokens": tokens})
+    hf.chat_template = template
+    return Tokenizer(hf, source="fixture")
+
+
+@pytest.fixture(scope="module")
+def trl() -> dict[str, str]:
+    found = {path.stem: path.read_text() for path in trl_templates()}
+    if not found:
+        pytest.skip("POSTTRAIN_TRL_TEMPLATES does not name the chat_templates folder of a TRL wheel")
+    return found
+
+
+@pytest.mark.acceptance
+@pytest.mark.parametrize(
+    ("name", "turns", "stop"),
+    [
+        ("llama3", 2, "<|eot_id|>"),
+        ("llama3_1", 2, "<|eot_id|>"),
+        ("llama3_2", 2, "<|eot_id|>"),
+        ("gemma3", 2, "<end_of_turn>"),
+        ("gemma4", 2, "<turn|>"),
+        ("qwen2_5", 2, "<|im_end|>"),
+        ("qwen3_instruct_2507", 2, "<|im_end|>"),
+        ("cohere", 2, "<|END_OF_TURN_TOKEN|>"),
+        ("qwen3", 1, "<|im_end|>"),
+        ("gptoss", 1, "<|return|>"),
+    ],
+)
+def test_stock_templates_are_accepted(trl: dict[str, str], name: str, turns: int, stop: str) -> None:
+    tokenizer = with_tokens_of(trl[name])
+    row = chat(SYSTEM, *LONG[: 2 * turns])
+    sample = encode(row, tokenizer)
+    stretches = trained(sample, tokenizer)
+    assert [text[-len(m["content"] + stop) :] for text, m in zip(stretches, (ANSWER, ANSWER_2), strict=False)] == [
+        m["content"] + stop for m in (ANSWER, ANSWER_2)[:turns]
+    ]
+    check_law(row, sample, tokenizer._hf, [2, 4][:turns])
+    if turns == 1:
+        assert "renders this turn differently once later messages follow" in refused(chat(*LONG), tokenizer).reason
+        encode(chat(*LONG), tokenizer, "last_assistant")
+
+
+@pytest.mark.acceptance
+def test_masks_agree_with_the_marks_of_trl(trl: dict[str, str]) -> None:
+    """TRL's marked templates train the same tokens, but for what the model is fed or never has to produce."""
+    compared, differ = 0, {}
+    for name, template in trl.items():
+        if not re.search(r"\{%-?\s*generation", template):
+            continue
+        tokenizer = with_tokens_of(template)
+        for row in (chat(USER, ANSWER), chat(*LONG)):
+            (sample,) = encode_rows([row], tokenizer, "assistant")
+            if isinstance(sample, BadRow):
+                continue
+            marked = tokenizer._hf.apply_chat_template(
+                list(row.messages), return_dict=True, return_assistant_tokens_mask=True
+            )
+            theirs = np.array(marked["assistant_masks"], np.float32)
+            compared += 1
+            assert not ((sample.loss_weights > 0) & (theirs == 0)).any(), name
+            more = np.flatnonzero((theirs > 0) & (sample.loss_weights == 0))
+            # Whitespace behind the stop token, and headers that the generation prompt writes.
+            text = tokenizer.decode(sample.tokens[more].tolist())
+            if text.strip():
+                differ[name] = text
+    assert compared >= 20
+    assert set(differ) <= {"gptoss_training", "muse_glimmer_training", "qwen3_5_nothink_training"}
+
+
+@pytest.mark.acceptance
+@pytest.mark.parametrize("loss_on", ["assistant", "last_assistant", "all"])
+def test_real_chats_with_smollm2(shared: Path, smollm2: Path, loss_on: LossOn) -> None:
+    tokenizer = Tokenizer.load(str(smollm2))
+    hf = AutoTokenizer.from_pretrained(smollm2)
+    rows = [row for row in read_rows(str(shared / "bench" / "chat.jsonl")) if isinstance(row, Row)]
+    for row, sample in zip(rows, encode_rows(rows, tokenizer, loss_on), strict=True):
+        assert isinstance(sample, Sample), str(sample)
+        turns = [i for i, m in enumerate(row.messages) if m["role"] == "assistant"]
+        if loss_on == "all":
+            assert sample.tokens.tolist() == hf.apply_chat_template(list(row.messages), return_dict=False)
+            continue
+        turns = turns[-1:] if loss_on == "last_assistant" else turns
+        check_law(row, sample, hf, turns)
+        assert trained(sample, tokenizer) == [row.messages[i]["content"] + "<|im_end|>" for i in turns]
