@@ -66,11 +66,7 @@ def _set_up_environment() -> None:
     """Before JAX starts: compiled programs are kept between runs, and of logs only what concerns the user is shown."""
     import logging
 
-    from rich.console import Console
-    from rich.logging import RichHandler
-
-    handler = RichHandler(console=Console(stderr=True), show_time=False, show_path=False, show_level=False)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("posttrain").setLevel(logging.INFO)
     cache = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(cache, "posttrain", "xla"))
@@ -174,3 +170,7 @@ HANDLERS: dict[str, Callable[[Sequence[str]], int]] = {
     "import": _simple("import", "convert", "ImportOptions", "import_model"),
     "export": _simple("export", "convert", "ExportOptions", "export_run"),
 }
+
+
+if __name__ == "__main__":
+    main()

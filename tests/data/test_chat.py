@@ -4,82 +4,41 @@ For every accepted row the ids are those of `apply_chat_template(messages)`, eac
 of `apply_chat_template(messages[:i], add_generation_prompt=True)`, and its text is the answer and the stop token.
 """
 
-import itertools
 import json
-import os
-import random
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from posttrain.data.chat import LossOn, Sample, encode_rows
 from posttrain.data.files import BadRow
-from posttrain.data.formats import Row, read_rows
+from posttrain.data.formats import Row
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.errors import UserError
-
-FIXTURE = Path(__file__).parent.parent / "fixtures" / "chat"
-TEMPLATES = FIXTURE / "templates"
-SYSTEM = {"role": "system", "content": "Be brief."}
-USER = {"role": "user", "content": "Who are you?"}
-ANSWER = {"role": "assistant", "content": "A small model 😀."}
-USER_2 = {"role": "user", "content": " And the capital of France?\n"}
-ANSWER_2 = {"role": "assistant", "content": "Paris,\n\nI am told."}
-LONG = (USER, ANSWER, USER_2, ANSWER_2)
-
-
-def load(template: str | None, **options: Any) -> Tokenizer:
-    path = str(TEMPLATES / f"{template}.jinja") if template not in (None, "chatml") else template
-    return Tokenizer.load(str(FIXTURE), chat_template=path, **options)
+from tests.data.chat_cases import (
+    ANSWER,
+    ANSWER_2,
+    FIXTURE,
+    LONG,
+    SYSTEM,
+    TEMPLATES,
+    USER,
+    USER_2,
+    chat,
+    check_law,
+    encode,
+    load,
+    plain,
+    refused,
+    trained,
+)
 
 
 @pytest.fixture(scope="module")
 def chatml() -> Tokenizer:
     return load("chatml")
-
-
-def chat(*messages: dict[str, str], prompt: int | None = None) -> Row:
-    kind = "messages" if prompt is None else "prompt_completion"
-    return Row("chats.jsonl", 17, kind, messages=messages, prompt_length=prompt or 0)
-
-
-def encode(row: Row, tokenizer: Tokenizer, loss_on: LossOn = "assistant") -> Sample:
-    (sample,) = encode_rows([row], tokenizer, loss_on)
-    assert isinstance(sample, Sample), str(sample)
-    assert (sample.file, sample.line) == (row.file, row.line)
-    assert sample.tokens.dtype == np.int32 and sample.loss_weights.dtype == np.float32
-    assert sample.tokens.shape == sample.loss_weights.shape and sample.loss_weights[0] == 0
-    return sample
-
-
-def refused(row: Row, tokenizer: Tokenizer, loss_on: LossOn = "assistant") -> BadRow:
-    (bad,) = encode_rows([row], tokenizer, loss_on)
-    assert isinstance(bad, BadRow), bad
-    assert (bad.file, bad.line) == (row.file, row.line)
-    return bad
-
-
-def trained(sample: Sample, tokenizer: Tokenizer) -> list[str]:
-    """The text of each trained stretch."""
-    runs = itertools.groupby(range(len(sample.tokens)), key=lambda i: bool(sample.loss_weights[i]))
-    return [tokenizer.decode(sample.tokens[list(run)].tolist()) for on, run in runs if on]
-
-
-def check_law(row: Row, sample: Sample, hf: Any, turns: list[int]) -> None:
-    """Ids and prefixes as `transformers` gives them."""
-    messages = list(row.messages)
-    assert sample.tokens.tolist() == hf.apply_chat_template(messages, tokenize=True, return_dict=False)
-    starts = np.flatnonzero(np.diff(sample.loss_weights, prepend=0) > 0).tolist()
-    assert len(starts) == len(turns)
-    for turn, start in zip(turns, starts, strict=True):
-        fed = hf.apply_chat_template(messages[:turn], tokenize=True, add_generation_prompt=True, return_dict=False)
-        assert sample.tokens[:start].tolist() == fed
 
 
 # ---- masks by hand --------------------------------------------------------------------------------------------------
@@ -207,10 +166,6 @@ def test_completion_needs_a_prompt(chatml: Tokenizer) -> None:
 
 
 # ---- plain text -----------------------------------------------------------------------------------------------------
-
-
-def plain(prompt: str, completion: str) -> Row:
-    return Row("pairs.jsonl", 3, "prompt_completion", prompt=prompt, completion=completion)
 
 
 @pytest.mark.parametrize("loss_on", ["assistant", "completion", "last_assistant", "all"])
@@ -386,219 +341,3 @@ def test_good_and_bad_rows_keep_their_order(chatml: Tokenizer) -> None:
         if isinstance(result, Sample) and isinstance(alone, Sample):
             np.testing.assert_array_equal(result.tokens, alone.tokens)
             np.testing.assert_array_equal(result.loss_weights, alone.loss_weights)
-
-
-# ---- tokenizers of all kinds ----------------------------------------------------------------------------------------
-
-PIECES = [
-    "Paris",
-    " is",
-    "the capital",
-    "\n",
-    "\n\n",
-    "  ",
-    "\t",
-    "é",
-    "é",
-    "你好",
-    "日本語",
-    "😀",
-    "👩‍👩‍👧",
-    "1234",
-    ".",
-    "?!",
-    "ﬁ",
-    "<",
-    "<|",
-    "¼",
-]
-
-
-def make_backend(kind: str) -> Backend:
-    """Tokenizers with the traits of real ones, trained on a few lines."""
-    text = (FIXTURE / "make_tokenizer.py").read_text()
-    special = ["<unk>", "<s>", "<|im_end|>", "<|im_start|>", "<|eot|>"]
-    if kind == "byte_level_with_prefix_space":
-        backend = Backend(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-        backend.post_processor = processors.ByteLevel(trim_offsets=True)
-        backend.normalizer = normalizers.NFC()
-        backend.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-        )
-    elif kind == "byte_fallback":  # Llama 2, Mistral
-        backend = Backend(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-        bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
-        trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special[:1] + bytes_, show_progress=False)
-    elif kind == "metaspace_first":  # Llama 2 as converted with legacy=False
-        backend = Backend(models.BPE(unk_token="<unk>", fuse_unk=True))
-        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-        trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special[:1], show_progress=False)
-    else:  # T5, Gemma 1: sentencepiece unigram
-        backend = Backend(models.Unigram())
-        backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(" ", "▁")])
-        trainer = trainers.UnigramTrainer(
-            vocab_size=300, special_tokens=special[:1], unk_token="<unk>", show_progress=False
-        )
-    backend.train_from_iterator(text.splitlines(keepends=True), trainer)
-    backend.add_special_tokens(
-        [AddedToken(t, normalized=False, rstrip=t == "<|im_start|>", lstrip=t == "<|eot|>") for t in special]
-    )
-    # Found in normalized text, as whole words, and whitespace: not to be relied on as cuts.
-    backend.add_tokens([AddedToken("capital", normalized=True), AddedToken("is", single_word=True), AddedToken("\n\n")])
-    return backend
-
-
-@pytest.mark.parametrize("template", ["chatml", "trims_content", "instructions", "no_header"])
-@pytest.mark.parametrize(
-    "kind", ["byte_level", "byte_level_with_prefix_space", "byte_fallback", "metaspace_first", "unigram"]
-)
-def test_random_conversations_are_exact_or_refused(tmp_path: Path, kind: str, template: str) -> None:
-    """Odd texts at every boundary: what is accepted obeys the law, and what is refused breaks it."""
-    if kind == "byte_level":
-        hf = AutoTokenizer.from_pretrained(FIXTURE)
-    else:
-        backend = make_backend(kind)
-        hf = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="<|im_end|>")
-    if template == "no_header":  # the answer follows the prompt's text, with no token between
-        hf.chat_template = (
-            "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
-        )
-    else:
-        hf.chat_template = load(template).chat_template
-    tokenizer = Tokenizer(hf, source=kind)
-    random_ = random.Random(f"{kind} {template}")
-
-    def message(role: str) -> dict[str, str]:
-        return {"role": role, "content": "".join(random_.choices(PIECES, k=random_.randint(1, 4))) or "x"}
-
-    rows = [chat(*(message(role) for role in ("user", "assistant") * random_.randint(1, 3))) for _ in range(150)]
-    accepted = 0
-    for row, result in zip(rows, encode_rows(rows, tokenizer, "assistant"), strict=True):
-        turns = [i for i, m in enumerate(row.messages) if m["role"] == "assistant"]
-        if isinstance(result, Sample):
-            accepted += 1
-            check_law(row, result, hf, turns)
-            continue
-        if result.reason.startswith("is empty"):
-            continue
-        assert "is tokenized together with the end of its prompt" in result.reason
-        whole = hf.apply_chat_template(list(row.messages), return_dict=False)
-        prefixes = [
-            hf.apply_chat_template(list(row.messages[:turn]), add_generation_prompt=True, return_dict=False)
-            for turn in turns
-        ]
-        assert any(whole[: len(prefix)] != prefix for prefix in prefixes)
-    assert accepted > 20
-
-
-def test_offsets_without_the_leading_space() -> None:
-    """The token " the" is the prompt's where the prompt ends with its space, though its offsets begin behind it."""
-    backend = make_backend("byte_level_with_prefix_space")
-    hf = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
-    tokenizer = Tokenizer(hf, source="trimmed")
-    ((ids, offsets),) = tokenizer.encode_with_offsets(["What is the"], add_special_tokens=True)
-    assert offsets[-1].tolist() == [8, 11] and tokenizer.decode(ids[-1:].tolist()) == " the"
-    assert trained(encode(plain("What is ", "the user"), tokenizer), tokenizer) == [" user<|im_end|>"]
-    assert trained(encode(plain("What is", " the user"), tokenizer), tokenizer) == [" the user<|im_end|>"]
-
-
-# ---- real templates and tokenizers ----------------------------------------------------------------------------------
-
-
-def trl_templates() -> list[Path]:
-    return sorted(Path(os.environ.get("POSTTRAIN_TRL_TEMPLATES") or "/nonexistent").glob("*.jinja"))
-
-
-def with_tokens_of(template: str) -> Tokenizer:
-    """The fixture's tokenizer with the special tokens that a template writes."""
-    hf = AutoTokenizer.from_pretrained(FIXTURE)
-    pattern = r"<\|[^|<>{}\s]+\|>|<[a-z_]+_of_[a-z]+>|<\|?turn\|?>|<\uff5c[^\uff5c<>{}]+\uff5c>"
-    tokens = sorted(set(re.findall(pattern, template)) - set(hf.get_vocab()))
-    hf.add_special_tokens({"additional_special_tokens": tokens})
-    hf.chat_template = template
-    return Tokenizer(hf, source="fixture")
-
-
-@pytest.fixture(scope="module")
-def trl() -> dict[str, str]:
-    found = {path.stem: path.read_text() for path in trl_templates()}
-    if not found:
-        pytest.skip("POSTTRAIN_TRL_TEMPLATES does not name the chat_templates folder of a TRL wheel")
-    return found
-
-
-@pytest.mark.acceptance
-@pytest.mark.parametrize(
-    ("name", "turns", "stop"),
-    [
-        ("llama3", 2, "<|eot_id|>"),
-        ("llama3_1", 2, "<|eot_id|>"),
-        ("llama3_2", 2, "<|eot_id|>"),
-        ("gemma3", 2, "<end_of_turn>"),
-        ("gemma4", 2, "<turn|>"),
-        ("qwen2_5", 2, "<|im_end|>"),
-        ("qwen3_instruct_2507", 2, "<|im_end|>"),
-        ("cohere", 2, "<|END_OF_TURN_TOKEN|>"),
-        ("qwen3", 1, "<|im_end|>"),
-        ("gptoss", 1, "<|return|>"),
-    ],
-)
-def test_stock_templates_are_accepted(trl: dict[str, str], name: str, turns: int, stop: str) -> None:
-    tokenizer = with_tokens_of(trl[name])
-    row = chat(SYSTEM, *LONG[: 2 * turns])
-    sample = encode(row, tokenizer)
-    stretches = trained(sample, tokenizer)
-    assert [text[-len(m["content"] + stop) :] for text, m in zip(stretches, (ANSWER, ANSWER_2), strict=False)] == [
-        m["content"] + stop for m in (ANSWER, ANSWER_2)[:turns]
-    ]
-    check_law(row, sample, tokenizer._hf, [2, 4][:turns])
-    if turns == 1:
-        assert "renders this turn differently once later messages follow" in refused(chat(*LONG), tokenizer).reason
-        encode(chat(*LONG), tokenizer, "last_assistant")
-
-
-@pytest.mark.acceptance
-def test_masks_agree_with_the_marks_of_trl(trl: dict[str, str]) -> None:
-    """TRL's marked templates train the same tokens, but for what the model is fed or never has to produce."""
-    compared, differ = 0, {}
-    for name, template in trl.items():
-        if not re.search(r"\{%-?\s*generation", template):
-            continue
-        tokenizer = with_tokens_of(template)
-        for row in (chat(USER, ANSWER), chat(*LONG)):
-            (sample,) = encode_rows([row], tokenizer, "assistant")
-            if isinstance(sample, BadRow):
-                continue
-            marked = tokenizer._hf.apply_chat_template(
-                list(row.messages), return_dict=True, return_assistant_tokens_mask=True
-            )
-            theirs = np.array(marked["assistant_masks"], np.float32)
-            compared += 1
-            assert not ((sample.loss_weights > 0) & (theirs == 0)).any(), name
-            more = np.flatnonzero((theirs > 0) & (sample.loss_weights == 0))
-            # Whitespace behind the stop token, and headers that the generation prompt writes.
-            text = tokenizer.decode(sample.tokens[more].tolist())
-            if text.strip():
-                differ[name] = text
-    assert compared >= 20
-    assert set(differ) <= {"gptoss_training", "muse_glimmer_training", "qwen3_5_nothink_training"}
-
-
-@pytest.mark.acceptance
-@pytest.mark.parametrize("loss_on", ["assistant", "last_assistant", "all"])
-def test_real_chats_with_smollm2(shared: Path, smollm2: Path, loss_on: LossOn) -> None:
-    tokenizer = Tokenizer.load(str(smollm2))
-    hf = AutoTokenizer.from_pretrained(smollm2)
-    rows = [row for row in read_rows(str(shared / "bench" / "chat.jsonl")) if isinstance(row, Row)]
-    for row, sample in zip(rows, encode_rows(rows, tokenizer, loss_on), strict=True):
-        assert isinstance(sample, Sample), str(sample)
-        turns = [i for i, m in enumerate(row.messages) if m["role"] == "assistant"]
-        if loss_on == "all":
-            assert sample.tokens.tolist() == hf.apply_chat_template(list(row.messages), return_dict=False)
-            continue
-        turns = turns[-1:] if loss_on == "last_assistant" else turns
-        check_law(row, sample, hf, turns)
-        assert trained(sample, tokenizer) == [row.messages[i]["content"] + "<|im_end|>" for i in turns]

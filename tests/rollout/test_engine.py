@@ -12,12 +12,12 @@ from posttrain.config import MeshConfig
 from posttrain.errors import UserError
 from posttrain.models.decoder import ComputeOptions, DecoderConfig, abstract_decoder, init_params
 from posttrain.models.layers import RopeConfig
-from posttrain.parallel.mesh import make_mesh
+from posttrain.parallel.mesh import make_mesh, single_device_mesh
 from posttrain.parallel.sharding import flatten, place, unflatten
 from posttrain.records import Batch, Params
 from posttrain.rollout.engine import BUCKETS, Completion, Engine, Request, cut, groups
-from posttrain.rollout.sampling import SamplingParams
-from posttrain.rollout.slots import SlotPrograms
+from posttrain.rollout.sampling import RowSampling, SamplingParams, sample
+from posttrain.rollout.slots import Chunks, SlotPrograms
 
 LLAMA3 = RopeConfig(1000.0, "llama3", 4.0, 64, 1.0, 4.0)
 SMALL = DecoderConfig(90, 32, 48, 3, 4, 2, 8, rope=LLAMA3, max_position_embeddings=256)
@@ -140,6 +140,36 @@ def test_sampling_differs_by_seed_and_id() -> None:
     again = by_id(small.generate([Request(0, prompt, how)]))
     assert again[0].token_ids.tolist() == found[0].token_ids.tolist()
     assert len({tuple(c.token_ids.tolist()) for c in found.values()}) == 3
+
+
+def test_each_token_is_drawn_by_its_own_position() -> None:
+    """With a head of zeros every token is equally likely, so the draws show their random numbers."""
+    flat = PARAMS | {"lm_head": {"kernel": jnp.zeros_like(PARAMS["lm_head"]["kernel"])}}
+    how = SamplingParams(20, temperature=1.0, seed=6)
+    prompt = [1, 2, 3]
+    found = next(Engine(DECODER, flat, slots=2, max_length=96, stop_ids=()).generate([Request(9, prompt, how)]))
+    at = np.arange(len(prompt), len(prompt) + 20, dtype=np.int32)
+    expected = sample(jnp.zeros((20, 90)), RowSampling.stack([how] * 20, [9] * 20), jnp.asarray(at), vocab_size=90)
+    assert found.token_ids.tolist() == expected.tokens.tolist()
+    np.testing.assert_allclose(found.sampled_logprobs, -np.log(90), atol=1e-6)
+
+
+def test_a_slot_is_free_on_the_device_when_its_sequence_ends() -> None:
+    first = next(engine(1, stop_ids=()).generate([Request(0, [11, 12, 13], SamplingParams(1))])).token_ids[0]
+    for stop_ids, allowed, remaining in (((), 5, 4), ((), 1, 0), ((int(first),), 5, 0)):
+        programs = SlotPrograms(
+            DECODER, count=2, length=96, steps=4, stop_ids=stop_ids, dtype=jnp.float32, mesh=single_device_mesh()
+        )
+        tokens = np.zeros((1, 32), np.int32)
+        tokens[0, :3] = 11, 12, 13
+        numbers = [np.asarray([n], np.int32) for n in (0, 3, 1, allowed)]
+        starts, counts, slots, allowed_array = numbers
+        sampling = RowSampling.stack([SamplingParams()], [0])
+        chunks = Chunks(tokens, starts, counts, slots, np.asarray([True]), allowed_array, sampling)
+        state, drawn = programs.prefill(PARAMS, programs.fresh(), chunks, window=96)
+        assert drawn.tokens.tolist() == [first]
+        assert state.remaining.tolist() == [0, remaining]
+        assert (state.tokens[1], state.positions[1]) == (first, 3)
 
 
 def test_stop_tokens_end_a_completion_and_belong_to_it() -> None:
