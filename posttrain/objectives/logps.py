@@ -158,7 +158,8 @@ def _forward(chunks: _Chunks, per_token, head):
     start = (zero + MASKED, zero, zero, jnp.zeros(targets.shape, jnp.int32), zero)
     top, total, weighted, best, target_logit = lax.fori_loop(0, chunks.count, chunk, start)
     lse = top + jnp.log(total)
-    return (target_logit - lse, lse - weighted / total, (best == targets).astype(jnp.float32), lse), None
+    entropy = jnp.maximum(lse - weighted / total, 0.0)  # rounding may leave a certain prediction slightly below
+    return (target_logit - lse, entropy, (best == targets).astype(jnp.float32), lse), None
 
 
 def _highest(logits: Float32[Array, "M C"]) -> tuple[Float32[Array, " M"], Int[Array, " M"]]:

@@ -1,0 +1,141 @@
+"""Dataset rows to prompts: where a file of questions enters the engine.
+
+A row is a `prompt` (a string, or the messages of a conversation), `messages`, or `input_ids`; other columns are kept
+with it. A conversation is rendered with the template's generation prompt: what training taught the model to answer.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32
+
+from posttrain.data.files import BadRow, Record, read_records
+from posttrain.data.formats import to_row
+from posttrain.data.tokenizer import RenderError, Tokenizer
+from posttrain.errors import UserError, UserErrors
+
+PROMPT_COLUMNS = ("prompt", "messages", "input_ids")
+
+RENDERING_COLUMNS = ("tools", "functions", "documents", "chat_template_kwargs")
+"""Columns that would change what a conversation is rendered to."""
+
+MOST_PROBLEMS_SHOWN = 50
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the model is to continue."""
+
+    file: str
+    line: int
+    columns: Mapping[str, Any]
+    """The whole row, as read."""
+    ids: Int32[np.ndarray, "n"]
+
+
+def read_prompts(
+    path: str, tokenizer: Tokenizer, *, vocab_size: int, longest: int, reserved: tuple[str, ...] = ()
+) -> list[Prompt]:
+    """The prompts of a JSONL, JSON or Parquet file, in order.
+
+    Raises `UserErrors` naming file, line and key of every row that cannot be used: malformed, longer than `longest`
+    tokens, or with a column of a `reserved` name.
+    """
+    prompts, problems = [], []
+    for record in read_records(path):
+        try:
+            prompts.append(_prompt(record, tokenizer, vocab_size, longest, reserved))
+        except BadRow as bad:
+            problems.append(str(bad))
+    if problems:
+        more = len(problems) - MOST_PROBLEMS_SHOWN
+        raise UserErrors(problems[:MOST_PROBLEMS_SHOWN] + ([f"and {more} rows more"] if more > 0 else []))
+    if not prompts:
+        raise UserError(f"{path}: no rows")
+    return prompts
+
+
+def render_prompt(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    """A conversation as the model sees it when it is its turn. Raises RenderError where the template refuses it."""
+    left_out = tokenizer.roles_left_out(tuple(message["role"] for message in messages))
+    if left_out:
+        role = messages[left_out[0]]["role"]
+        raise RenderError(f"the chat template leaves out {role} messages, so the model would not see them")
+    return tokenizer.encode(tokenizer.render(messages, add_generation_prompt=True))
+
+
+def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
+    """A text to continue: with what the tokenizer puts before a text (BOS), without what it puts behind (EOS)."""
+    body = tokenizer.encode(text)
+    whole = tokenizer.encode(text, add_special_tokens=True)
+    starts = [i for i in range(len(whole) - len(body) + 1) if whole[i : i + len(body)] == body]
+    return whole[: starts[0] + len(body)] if starts and body else whole
+
+
+def _prompt(
+    record: Record | BadRow, tokenizer: Tokenizer, vocab_size: int, longest: int, reserved: tuple[str, ...]
+) -> Prompt:
+    if isinstance(record, BadRow):
+        raise record
+    columns = record.columns
+    taken = [name for name in reserved if name in columns]
+    if taken:
+        raise _bad(record, taken[0], "the answer is written under this name; fix: rename the column")
+    found = [name for name in PROMPT_COLUMNS if name in columns]
+    if len(found) != 1:
+        has = " and ".join(found) or ", ".join(columns) or "none of them"
+        raise _bad(record, "", f"a row needs exactly one of {', '.join(PROMPT_COLUMNS)}; this one has {has}")
+    key = found[0]
+    value = columns[key]
+    if key == "input_ids":
+        ids = _checked_ids(record, value, vocab_size)
+    elif key == "prompt" and isinstance(value, str):
+        ids = _text_ids(record, value, tokenizer)
+    else:
+        ids = _conversation_ids(record, key, tokenizer)
+    if not ids:
+        raise _bad(record, key, "has no tokens, so there is nothing to continue; fix: give some text")
+    if len(ids) > longest:
+        raise _bad(
+            record, key, f"has {len(ids)} tokens, and at most {longest} leave room for an answer; fix: shorten it"
+        )
+    return Prompt(record.file, record.line, record.value, np.asarray(ids, np.int32))
+
+
+def _bad(record: Record, key: str, reason: str) -> BadRow:
+    return BadRow(record.file, record.line, key, reason)
+
+
+def _checked_ids(record: Record, ids: Any, vocab_size: int) -> list[int]:
+    if not isinstance(ids, list) or not all(type(i) is int for i in ids):
+        raise _bad(record, "input_ids", "must be a list of whole numbers")
+    outside = [i for i in ids if not 0 <= i < vocab_size]
+    if outside:
+        raise _bad(record, "input_ids", f"{outside[0]} is outside the vocabulary (0 to {vocab_size - 1})")
+    return ids
+
+
+def _text_ids(record: Record, text: str, tokenizer: Tokenizer) -> list[int]:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        reason = f"has a lone surrogate {text[error.start]!r} at character {error.start}; fix: remove it"
+        raise _bad(record, "prompt", reason) from error
+    return encode_text(tokenizer, text)
+
+
+def _conversation_ids(record: Record, key: str, tokenizer: Tokenizer) -> list[int]:
+    columns = record.columns
+    relevant = {name: columns[name] for name in RENDERING_COLUMNS if name in columns}
+    row = to_row(Record(record.file, record.line, {"messages": columns[key], **relevant}), "messages")
+    if isinstance(row, BadRow):
+        raise _bad(record, row.key.replace("messages", key, 1), row.reason)
+    if row.messages[-1]["role"] == "assistant":
+        reason = "the conversation ends with the assistant, so it is not its turn; fix: remove the last message"
+        raise _bad(record, f"{key}[{len(row.messages) - 1}].role", reason)
+    try:
+        return render_prompt(tokenizer, row.messages)
+    except RenderError as error:
+        raise _bad(record, key, f"{error}; fix: the row, or another chat template") from error
