@@ -94,7 +94,11 @@ def main() -> None:
     if arguments.peer is None:
         print("RESULT " + json.dumps(measure(arguments)))
         return
-    own = [sys.executable, __file__, *(f"--{k.replace('_', '-')}={v}" for k, v in vars(arguments).items() if v and k != "peer")]
+    own = [
+        sys.executable,
+        __file__,
+        *(f"--{k.replace('_', '-')}={v}" for k, v in vars(arguments).items() if v and k != "peer"),
+    ]
     rounds = [(run(own), run(shlex.split(arguments.peer))) for _ in range(arguments.rounds)]
     for name, unit in (("nonpad_tok_per_s", "real tokens/s"), ("peak_rss_mb", "MB peak")):
         ours, peers = (statistics.median(pair[side][name] for pair in rounds) for side in (0, 1))

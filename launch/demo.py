@@ -50,9 +50,7 @@ def answers(model: str) -> list[str]:
 
 def losses(model: str, file: str) -> float:
     """Loss on a file of chats, all of it held out."""
-    printed = posttrain(
-        "evaluate", CONFIG, "--model.path", model, "--data.heldout.path", file, "--json", capture=True
-    )
+    printed = posttrain("evaluate", CONFIG, "--model.path", model, "--data.heldout.path", file, "--json", capture=True)
     return json.loads(printed.splitlines()[-1])["loss"]
 
 

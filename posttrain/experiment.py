@@ -5,11 +5,13 @@ Order: what the config alone can tell, then the model's `config.json`, then the 
 
 import inspect
 import math
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pydantic
+from etils import epath
 from jax.sharding import Mesh
 
 from posttrain.config import Config, MeshConfig, ModelConfig, ObjectiveConfig, describe_errors, dump_config
@@ -24,6 +26,7 @@ from posttrain.parallel.sharding import flatten, place
 from posttrain.records import Objective
 from posttrain.train.metrics import table
 from posttrain.train.optim import make_optimizer
+from posttrain.train.resume import run_clock
 from posttrain.train.setup import Experiment, ModelSetup
 from posttrain.train.step import LossSums
 
@@ -138,10 +141,14 @@ def _remat_name(name: str) -> Any:
 
 
 def load_tokenizer(config: Config) -> Tokenizer:
-    """The model's tokenizer, or the one that the config names."""
+    """The model's tokenizer, or the one that the config names; a template that writes the date writes the run's."""
     chosen = config.tokenizer
     path, revision = (chosen.path, None) if chosen.path else (config.model.path, config.model.revision)
-    return Tokenizer.load(path, revision=revision, chat_template=chosen.chat_template, eos_token=chosen.eos_token)
+    load = partial(
+        Tokenizer.load, path, revision=revision, chat_template=chosen.chat_template, eos_token=chosen.eos_token
+    )
+    tokenizer = load()
+    return load(clock=run_clock(epath.Path(config.run.dir))) if tokenizer.writes_date else tokenizer
 
 
 def build(config: Config) -> Experiment:
@@ -210,7 +217,9 @@ def _parameter_rows(experiment: Experiment) -> list[tuple[str, ...]]:
         mebibytes = leaf.dtype.itemsize * math.prod(placement.sharding.shard_shape(leaf.shape)) / 2**20
         axes = ", ".join(str(entry or "-") for entry in placement.sharding.spec)
         chosen = experiment.optimizer.trained.get(path, False)
-        trained = "yes" if chosen is True else "no" if chosen is False else f"{int(chosen.sum())} of {len(chosen)} layers"
+        trained = (
+            "yes" if chosen is True else "no" if chosen is False else f"{int(chosen.sum())} of {len(chosen)} layers"
+        )
         shape = " x ".join(map(str, leaf.shape))
         rows.append((path, shape, axes, f"{mebibytes:.2f}", "; ".join(placement.repeated), trained))
         total, per_device = total + math.prod(leaf.shape), per_device + mebibytes

@@ -46,7 +46,7 @@ CHAT_STEPS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class _ModelOptions:
-    model: Annotated[str, tyro.conf.Positional]
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """Hugging Face directory or hub id."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
@@ -86,12 +86,12 @@ class _ModelOptions:
 class GenerateOptions(_ModelOptions):
     """Answers each row of a file. Greedy unless --temperature is given.
 
-    A row has a `prompt` (a string, continued as it is, or a list of messages), `messages`, or `input_ids`. It is written
-    as one JSON line, in order: its own columns, `completion` (the text without the stop token), `completion_ids` (with
-    it) and `finish_reason`: stop, or length where the answer was cut off.
+    A row has a `prompt` (a string, continued as it is, or a list of messages), `messages`, or `input_ids`. It is
+    written as one JSON line, in order: its own columns, `completion` (the text without the stop token),
+    `completion_ids` (with it) and `finish_reason`: stop, or length where the answer was cut off.
     """
 
-    rows: Annotated[str, tyro.conf.Positional]
+    rows: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ROWS")]
     """JSONL, JSON or Parquet file."""
     out: str = "-"
     """Where to write; - for standard output."""
@@ -189,9 +189,14 @@ def _open_output(options: GenerateOptions) -> Iterator[IO[str]]:
     if options.out == "-":
         yield sys.stdout
         return
+    _check_output(options)  # again: reading the weights takes a while
     target = epath.Path(options.out)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with target.open("w" if options.overwrite else "x", encoding="utf-8") as file:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file = target.open("w", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out {options.out}: cannot be written: {error.strerror or error}") from error
+    with file:
         yield file
 
 
@@ -299,7 +304,7 @@ class Conversation:
                 f"max_length = {self._engine.max_length}; /reset forgets it, --max_length allows more"
             )
         ids: list[int] = []
-        said, reason = "", None
+        said, whole, reason = "", "", None
         self._turns += 1
         for delta in self._engine.stream([Request(self._turns, prompt, self._sampling)]):
             ids += delta.token_ids.tolist()
@@ -314,7 +319,7 @@ class Conversation:
                 break
         self.cut_off = reason == "length"
         if said or reason:
-            self.messages = [*asked, {"role": "assistant", "content": said}]
+            self.messages = [*asked, {"role": "assistant", "content": whole if reason else said}]
 
 
 def chat(options: ChatOptions) -> None:
@@ -350,8 +355,11 @@ def chat(options: ChatOptions) -> None:
 def _messages(interactive: bool) -> Iterator[str]:
     """Lines until the input ends."""
     if not interactive:
-        for line in sys.stdin:
-            yield line.rstrip("\r\n")
+        try:
+            for line in sys.stdin:
+                yield line.rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise UserError(f"standard input: not {error.encoding} text: {error.reason}") from error
         return
     with suppress(ImportError):
         import readline  # noqa: F401  # editing and history for input(); some platforms lack it

@@ -1,4 +1,4 @@
-"""Whole runs through the command line, as a user starts them: trained, killed, stopped, resumed, moved to another mesh."""
+"""Whole runs through the command line: trained, killed, stopped, resumed, moved to another mesh."""
 
 import json
 import os
@@ -46,7 +46,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def start(files: Path, run: Path, *overrides: str, processes: int = 1, command: str = "train") -> list[subprocess.Popen]:
+def start(
+    files: Path, run: Path, *overrides: str, processes: int = 1, command: str = "train"
+) -> list[subprocess.Popen]:
     """The processes of one run."""
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     environment |= {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "xla-tests")}
@@ -55,7 +57,16 @@ def start(files: Path, run: Path, *overrides: str, processes: int = 1, command: 
             s.bind(("localhost", 0))
             environment["JAX_COORDINATOR_ADDRESS"] = f"localhost:{s.getsockname()[1]}"
         environment["JAX_NUM_PROCESSES"] = str(processes)
-    words = [sys.executable, "-m", "posttrain.cli", command, str(files / "config.yaml"), "--run.dir", str(run), *overrides]
+    words = [
+        sys.executable,
+        "-m",
+        "posttrain.cli",
+        command,
+        str(files / "config.yaml"),
+        "--run.dir",
+        str(run),
+        *overrides,
+    ]
     return [
         subprocess.Popen(
             words,
@@ -107,7 +118,7 @@ def assert_same_run(found: Path, expected: Path) -> None:
 @pytest.fixture(scope="module")
 def uninterrupted(files: Path) -> Path:
     run = files / "uninterrupted"
-    finish(start(files, run))
+    finish(start(files, Path(os.path.relpath(run, ROOT))))
     return run
 
 
@@ -115,12 +126,20 @@ def test_a_run_logs_what_it_did_and_learns(uninterrupted: Path) -> None:
     lines = logged(uninterrupted)
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 13))
-    assert {"loss", "entropy", "mean_token_accuracy", "num_tokens", "learning_rate", "grad_norm", "epoch"} <= set(steps[0])
+    assert {"loss", "entropy", "mean_token_accuracy", "num_tokens", "learning_rate", "grad_norm", "epoch"} <= set(
+        steps[0]
+    )
     heldout = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
     assert {0, 4, 8, 12} <= set(heldout)
     assert heldout[12] < heldout[0] - 0.5
     exported = {path.name for path in (uninterrupted / "export").iterdir()}
-    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= exported
+    assert {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "chat_template.jinja",
+    } <= exported
 
 
 def test_a_finished_run_is_left_as_it_is(files: Path, uninterrupted: Path) -> None:

@@ -56,6 +56,8 @@ def write_chats(path: Path, count: int) -> None:
         turns = []
         for turn in range(1 + i % 3):
             turns.append({"role": "user", "content": f"What is {i} and {turn}?"})
-            turns.append({"role": "assistant", "content": "It is " + " ".join(["small"] * (1 + i % 5)) + f" {i + turn}."})
+            turns.append(
+                {"role": "assistant", "content": "It is " + " ".join(["small"] * (1 + i % 5)) + f" {i + turn}."}
+            )
         rows.append(json.dumps({"messages": turns}))
     path.write_text("\n".join(rows) + "\n")

@@ -112,7 +112,9 @@ class PackedDataset:
 
     def read(self, step: int, rows: Int[np.ndarray, "rows"]) -> Batch:
         """The given rows of one step's global batch: `[len(rows), row_length]` numpy arrays."""
-        return assemble([[self._sample(int(sample)) for sample in self._samples(step, int(row))] for row in rows], self.row_length)
+        return assemble(
+            [[self._sample(int(sample)) for sample in self._samples(step, int(row))] for row in rows], self.row_length
+        )
 
     def _sample(self, sample: int) -> PackedSegment:
         cache = self.table.caches[self.table.source[sample]]

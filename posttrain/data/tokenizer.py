@@ -163,6 +163,11 @@ class Tokenizer:
             template = template.get("default")
         return template
 
+    @property
+    def writes_date(self) -> bool:
+        """Whether the template asks for the time."""
+        return "strftime_now" in (self.chat_template or "")
+
     @cached_property
     def fingerprint(self) -> str:
         """Hash of all that changes ids or rendering. The clock counts only where it was given."""

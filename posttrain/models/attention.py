@@ -1,20 +1,20 @@
 """Causal attention that never crosses segments, and attention against a key/value cache.
 
-The decoder calls `attention` on packed rows, for training and scoring, and `cached_attention` while it generates. Implementations of
-the former differ in cost only:
+The decoder calls `attention` on packed rows, for training and scoring, and `cached_attention` while it generates.
+Implementations of the former differ in cost only:
 
 - `reference`: the formula. Time and memory grow with T^2.
-- `chunked`: blocks of queries against blocks of keys with an online softmax (FlashAttention-2, arXiv:2307.08691) in plain JAX, so
-  it runs on every backend. Memory grows with T. Blocks of the future and of other segments are skipped at run time, so a row of
-  many short segments costs what its segments cost.
+- `chunked`: blocks of queries against blocks of keys with an online softmax (FlashAttention-2, arXiv:2307.08691) in
+  plain JAX, for every backend. Memory grows with T. Blocks of the future and of other segments are skipped at run
+  time, so a row of many short segments costs what its segments cost.
 
-Within a row a segment is one contiguous run of equal ids; id 0 is padding, which attends to nothing, is attended by nothing, and
-gives zeros. Scores, softmax and all accumulation are float32 whatever the inputs are.
+Within a row a segment is one contiguous run of equal ids. Id 0 is padding: it attends to nothing, nothing attends to
+it, and its output is zero. Scores, softmax and all accumulation are float32, whatever the inputs are.
 
-For remat policies such as `jax.checkpoint_policies.save_only_these_names`, the values that a backward pass needs are named
-`attn_q`, `attn_k`, `attn_v` (the inputs), `attn_out` and `attn_lse` (each query's log-sum-exp; `chunked` only). Saving `attn_out` and
-`attn_lse` keeps the backward pass of `chunked` from running its forward pass again; without them it does, whatever policy
-saves dot products, since the dots are inside of a custom derivative's loop.
+For remat policies such as `jax.checkpoint_policies.save_only_these_names`, the values that the backward pass needs are
+named: `attn_q`, `attn_k`, `attn_v` (the inputs), `attn_out` and, in `chunked`, `attn_lse` (log-sum-exp of each query's
+scores). A policy that saves `attn_out` and `attn_lse` spares `chunked` its second forward pass; one that saves dot
+products does not, because they are inside of a loop.
 """
 
 import functools
@@ -44,8 +44,8 @@ def attention(
 ) -> Float[Array, "B T N H"]:
     """softmax(scale * q k^T) v over the keys of the same segment at or before the query.
 
-    Query head n reads key/value head n // (N / K). `scale` is H^-0.5 unless given. The result has the dtype of `q`; it is zero, and
-    passes zero gradient, at padding. Gradients across segments are exactly zero.
+    Query head n reads key/value head n // (N / K). `scale` is H^-0.5 unless given. The result has the dtype of `q`; at
+    padding it is zero and passes zero gradient. Gradients across segments are exactly zero.
 
     Raises:
         UserError: `implementation` is not a key of `IMPLEMENTATIONS`.
@@ -66,15 +66,14 @@ def cached_attention(
     scale: float | None = None,
 ) -> Float[Array, "B T N H"]:
     """softmax(scale * q k^T) v over the cache slots that `mask` allows; zeros where it allows none."""
-    B, T, N, H = q.shape
-    K = k.shape[2]
-    grouped = q.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None], scores * (H**-0.5 if scale is None else scale), MASKED)
-    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
-    weights = jnp.where(mask[:, None, None], weights / weights.sum(-1, keepdims=True), 0.0)
-    out = jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return out.reshape(B, T, N, H).astype(q.dtype)
+    T, K, group = q.shape[1], k.shape[2], q.shape[2] // k.shape[2]
+    scores = _dot("bkmh,bskh->bkms", _fold(q, K), k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    seen = jnp.tile(mask, (1, group, 1))[:, None]
+    scores = jnp.where(seen, scores, MASKED)
+    p = jnp.where(seen, jnp.exp(scores - lax.stop_gradient(scores.max(-1, keepdims=True))), 0.0)
+    total = p.sum(-1, keepdims=True)
+    out = _dot("bkms,bskh->bkmh", p.astype(v.dtype), v) / jnp.where(total > 0, total, 1.0)
+    return _unfold(out, T).astype(q.dtype)
 
 
 def reference(
@@ -91,12 +90,25 @@ def reference(
     return checkpoint_name(cached_attention(q, k, v, mask, scale=scale), "attn_out")
 
 
-# --- chunked ----------------------------------------------------------------------------------------------------------------------
-# Q blocks of `block` tokens cut a row of T. The query heads that share a key/value head are folded into the rows of one matrix,
-# M = N / K * block, so that no key or value is ever repeated.
+_dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
-# Tokens a block, and how many key blocks one tile may span. Smaller blocks waste less on the diagonal and at segment boundaries,
-# larger tiles run the matrix products nearer to peak.
+
+def _fold(x: Float[Array, "B T N H"], K: int) -> Float[Array, "B K M H"]:
+    """Query heads that share a key/value head as the rows of one matrix, M = N / K * T: no key is ever repeated."""
+    B, T, N, H = x.shape
+    return x.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, N // K * T, H)
+
+
+def _unfold(x: Float[Array, "B K M H"], T: int) -> Float[Array, "B T N H"]:
+    B, K, M, H = x.shape
+    return x.reshape(B, K, M // T, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, K * M // T, H)
+
+
+# --- chunked ---------------------------------------------------------------------------------------------------------
+# Q blocks of `block` tokens cut a row of T; a block's folded queries have M = N / K * block rows.
+
+# Tokens a block, and how many key blocks a tile may span. Smaller blocks waste less on the diagonal and at segment
+# boundaries, larger tiles bring the matrix products nearer to peak.
 BLOCK = 128
 TILE_WIDTHS = (2, 1)
 
@@ -122,8 +134,7 @@ class _Plan(NamedTuple):
 
     index: Int[Array, " Q"]
     count: Int[Array, " Q"]
-    """Key blocks that some row needs, the last being the diagonal one. The minimum over the rows of the batch decides, so that the
-    bounds are the same on every device that holds some of the rows."""
+    """Key blocks that some row of the batch needs, the diagonal one last: all devices visit the same blocks."""
     first: Int[Array, "Q B M"]
     """First key that the query sees; T, thus none, at padding."""
     last: Int[Array, "Q M"]
@@ -143,9 +154,12 @@ def _plan(segment_ids: Int[Array, "B T"], block: int, group: int) -> _Plan:
 
 
 def _over_tiles(plan: _Plan, tiles_in_row: int, body: Callable, carry):
-    """Folds `body(start block, width in blocks, carry)` over the key blocks of one query block, downwards from the diagonal, so that
-    every real query meets itself, an unmasked score, in the first tile."""
-    # A tile as wide as the row would not depend on the loop's index: XLA would hoist its products and never skip them.
+    """Folds `body(start block, width in blocks, carry)` over the key blocks of one query block.
+
+    Downwards from the diagonal, so that every real query meets itself, an unmasked score, in the first tile.
+    """
+    # A tile as wide as the row would not depend on the loop's index: XLA would move its products out of the loop, where
+    # nothing skips them.
     widths = [w for w in TILE_WIDTHS if w < tiles_in_row] or [1]
     end, left = plan.index + 1, plan.count
     for width in widths:
@@ -163,21 +177,7 @@ def _slice(x: Array, start: Int[Array, ""], size: int, axis: int) -> Array:
     return lax.dynamic_slice_in_dim(x, start * size, size, axis)
 
 
-def _fold(x: Float[Array, "B block N H"], K: int) -> Float[Array, "B K M H"]:
-    B, block, N, H = x.shape
-    return x.reshape(B, block, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, N // K * block, H)
-
-
-def _unfold(x: Float[Array, "B K M H"], block: int) -> Float[Array, "B block N H"]:
-    B, K, M, H = x.shape
-    return x.reshape(B, K, M // block, block, H).transpose(0, 3, 1, 2, 4).reshape(B, block, K * M // block, H)
-
-
-_dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _blockwise(q, k, v, segment_ids, scale: float, block: int):
+def _blockwise_output(q, k, v, segment_ids, scale: float, block: int) -> Array:
     return _blockwise_forward(q, k, v, segment_ids, scale, block)[0]
 
 
@@ -221,8 +221,11 @@ def _blockwise_forward(q, k, v, segment_ids, scale: float, block: int):
 
 
 def _blockwise_backward(scale: float, block: int, residuals, dout):
-    """FlashAttention-2's backward pass. Scores are formed transposed, keys as rows: then both large products with them, for dk and
-    dv, and the one for dq read them untransposed, which a CPU's matrix product needs to run at speed."""
+    """FlashAttention-2's backward pass.
+
+    Scores are formed with keys as rows: then the products for dk, dv and (with the keys transposed) dq all read them as
+    they lie in memory, without which matrix products on CPU take twice the time.
+    """
     q, k, v, segment_ids, out, lse = residuals
     B, T, N, H = q.shape
     K, Q, M = k.shape[2], T // block, N // k.shape[2] * block
@@ -264,6 +267,7 @@ def _add_slice(x: Float32[Array, "B K T H"], part: Float32[Array, "B K n H"], at
     return lax.dynamic_update_slice_in_dim(x, old + part, at, 2)
 
 
+_blockwise = jax.custom_vjp(_blockwise_output, nondiff_argnums=(4, 5))
 _blockwise.defvjp(_blockwise_forward, _blockwise_backward)
 
 IMPLEMENTATIONS: dict[str, Callable[..., Float[Array, "B T N H"]]] = {"reference": reference, "chunked": chunked}

@@ -159,7 +159,8 @@ def _yarn(rope: RopeConfig, inverse: np.ndarray, head_size: int, original: int) 
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_size - 1)
     ramp = np.clip((np.arange(head_size // 2) - low) / (high - low if high != low else 0.001), 0, 1)
-    scaled = ramp * inverse / rope.factor + (1 - ramp) * inverse
+    kept = 1 - ramp.astype(np.float32)
+    scaled = 1 / (rope.factor / inverse) * (1 - kept) + inverse * kept
 
     def mscale(scale: float) -> float:
         return 1.0 if rope.factor <= 1 else 0.1 * scale * math.log(rope.factor) + 1.0

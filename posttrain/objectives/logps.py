@@ -1,4 +1,4 @@
-"""What the model says about each token: log-probability, entropy, arg-max hit and mean logit, in one pass over the vocabulary.
+"""What the model says about each token, in one pass over the vocabulary: log-probability, entropy, hit, mean logit.
 
 Every objective that needs a token's probability calls `token_stats` on the decoder's final hidden states. Full logits
 never exist: the output embedding is taken in chunks of its rows, all tokens at a time, with an online log-sum-exp; the
@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int
+
+from posttrain.parallel.sharding import MESH_AXES
 
 # Logit of the head's padding rows. Finite, so that 0 * MASKED is 0 in the entropy and its gradient.
 MASKED = -1e30
@@ -39,8 +41,10 @@ class TokenStats:
 
 @dataclass(frozen=True)
 class _Chunks:
-    """How the head is read: chunk i holds its rows i, i + count, i + 2 count, ... Strided, so that a head whose rows are
-    split over devices gives each of them an equal part of every chunk."""
+    """How the head is read: chunk i holds its rows i, i + count, i + 2 count, ...
+
+    Strided, so that a head whose rows are split over devices gives each of them an equal part of every chunk.
+    """
 
     vocab_size: int
     count: int
@@ -79,8 +83,8 @@ def token_stats(
     and `head` share a dtype; logits and everything after them are float32. Differentiable in `hidden` and `head`,
     once, in reverse mode. The head's gradient sums over the tokens in float32.
 
-    Peak memory is that of a few `[B, T, chunk_vocab]` arrays, the chunk being rounded to V / 2^i. On CPU each row is
-    cut to the quarters that its needed tokens fill, so the time follows their number.
+    Peak memory is that of a few `[B, T, chunk_vocab]` arrays, `chunk_vocab` being the head's rows per chunk and device,
+    rounded to V / 2^i. On CPU each row is cut to the quarters that its needed tokens fill, so the time follows them.
     """
     if needed is None:
         needed = jnp.ones(tokens.shape, bool)
@@ -96,9 +100,15 @@ def token_stats(
 
 
 def _chunk_count(V: int, chunk_vocab: int) -> int:
-    """A power of two. The rows of a chunk stay a multiple of 8, for a mesh axis to split."""
+    """A power of two. The rows of a chunk stay a multiple of 8, for a mesh axis to split.
+
+    Chunks are larger on a mesh that splits the vocabulary: the gradient of `hidden` is summed over its devices once a
+    chunk.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = 1 if mesh.empty else math.prod(mesh.shape.get(axis, 1) for axis in MESH_AXES["vocab"])
     count = 1
-    while V // count > chunk_vocab and V % (16 * count) == 0:
+    while V // count > chunk_vocab * shards and V % (16 * count) == 0:
         count *= 2
     return count
 
@@ -163,7 +173,7 @@ def _forward(chunks: _Chunks, per_token, head):
 
 
 def _highest(logits: Float32[Array, "M C"]) -> tuple[Float32[Array, " M"], Int[Array, " M"]]:
-    """The highest logit and its first place. A search costs ten times a maximum, so it is made in the best eighth only."""
+    """The highest logit and its first place, searched for in the best eighth only: it costs ten times a maximum."""
     M, C = logits.shape
     parts = math.gcd(C, 8)
     grouped = logits.reshape(M, parts, C // parts)
@@ -200,7 +210,7 @@ def _backward(chunks: _Chunks, per_token, head):
 
 
 def _over_needed(run: Callable, needed: Bool[Array, "B T"], per_token: tuple, head: Float[Array, "V D"]) -> tuple:
-    """`run(per_token, head) -> (results per token, result for the head)` over the needed tokens `[M, ...]` of `[B, T, ...]`.
+    """`run(per_token [M, ...], head) -> (results per token [M, ...], result for the head)`, over the needed tokens.
 
     On CPU each row's needed tokens are moved to its front, and only as many quarters of the rows are computed as the
     fullest row fills. Elsewhere all tokens are: among many rows one is nearly full, and branches hinder the compiler.

@@ -1,12 +1,13 @@
 """The device mesh: start-up of one or many processes, axis sizes from the config, impossible sizes explained."""
 
+import itertools
 import math
 import os
 from collections.abc import Mapping
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax._src import distributed, xla_bridge  # what they are used for has no public name
 from jax.sharding import AxisType, Mesh
 
 from posttrain.config import MeshConfig
@@ -16,6 +17,9 @@ AXES = ("replica", "data", "fsdp", "context", "tensor", "expert")
 ROW_AXES = ("replica", "data", "fsdp")
 """Axes over which the rows of a batch are split."""
 SERVED_AXES = ("data", "fsdp", "tensor")
+
+_barriers = itertools.count()
+"""Every barrier needs a name of its own; all processes come to the same ones in the same order."""
 
 
 def axis_sizes(config: MeshConfig) -> dict[str, int]:
@@ -78,8 +82,6 @@ def _emulate_devices(mesh: MeshConfig, processes: int) -> None:
 
 
 def _backend_started() -> bool:
-    from jax._src import xla_bridge  # no public way to ask without starting it
-
     return xla_bridge.backends_are_initialized()
 
 
@@ -127,6 +129,11 @@ def row_shards(sizes: Mapping[str, int]) -> int:
 
 
 def barrier(name: str) -> None:
-    """Waits until every process has come here."""
+    """Waits, for a day if need be, until every process has come here; ends with an error when one of them dies.
+
+    Asks the coordination service, not the devices: their collectives time out while one process tokenizes.
+    """
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+        client = distributed.global_state.client
+        assert client is not None
+        client.wait_at_barrier(f"{name} {next(_barriers)}", 24 * 3600 * 1000)

@@ -93,6 +93,8 @@ def _prompt(
         ids = _checked_ids(record, value, vocab_size)
     elif key == "prompt" and isinstance(value, str):
         ids = _text_ids(record, value, tokenizer)
+    elif key == "prompt" and not isinstance(value, list):
+        raise _bad(record, key, "must be a string or a list of messages")
     else:
         ids = _conversation_ids(record, key, tokenizer)
     if not ids:

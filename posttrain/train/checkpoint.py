@@ -27,7 +27,8 @@ class Checkpoints:
     """The checkpoints of one run, in `<run dir>/checkpoints/<step>`."""
 
     def __init__(self, run_dir: epath.Path, config: CheckpointConfig, *, read_only: bool = False):
-        self.directory = run_dir / "checkpoints"
+        # The library wants absolute paths; those with a scheme are.
+        self.directory = (run_dir if "://" in str(run_dir) else run_dir.resolve()) / "checkpoints"
         best = _policies.BestN(
             get_metric_fn=lambda metrics: metrics[BEST_METRIC],
             reverse=True,  # it keeps the end of the order: the lowest loss comes last
@@ -35,9 +36,10 @@ class Checkpoints:
             keep_checkpoints_without_metrics=False,
         )
         keep = [_policies.LatestN(config.keep_last)] + ([best] if config.keep_best else [])
+        keep_any: Any = _policies.AnyPreservationPolicy(keep)  # its annotations disagree with each other
         self._checkpointer = v1.training.Checkpointer(
             self.directory,
-            preservation_policy=_policies.AnyPreservationPolicy(keep),
+            preservation_policy=keep_any,
             cleanup_tmp_directories=not read_only,
         )
 

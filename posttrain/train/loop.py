@@ -88,7 +88,7 @@ def run(experiment: Experiment) -> RunResult:
     differences = check_resume(run_dir, config, start)
     barrier("resume checked")
     if is_main:
-        save_config(run_dir, config)
+        save_config(run_dir, config, experiment.tokenizer.clock if experiment.tokenizer.writes_date else None)
     console = Console(total_steps=last_step, is_main=is_main)
     for key, old, new in differences:
         console.note(f"resume: {key} was {old!r}, is {new!r}")

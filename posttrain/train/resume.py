@@ -1,5 +1,6 @@
 """May this config go on in this run directory? Nothing restarts at step 0, and nothing is written over, unasked."""
 
+from datetime import date, datetime, time
 from typing import Any
 
 import yaml
@@ -7,6 +8,8 @@ from etils import epath
 
 from posttrain.config import Config, dump_config
 from posttrain.errors import UserError, UserErrors
+
+CLOCK_FILE = "template_clock.txt"
 
 FREE_KEYS = (
     "run.dir",
@@ -72,9 +75,25 @@ def check_resume(run_dir: epath.Path, config: Config, latest: int | None) -> lis
     return [item for item in differences if item[0] != "run.resume"]
 
 
-def save_config(run_dir: epath.Path, config: Config) -> None:
-    """Puts the resolved config into the run directory, whole or not at all."""
+def save_config(run_dir: epath.Path, config: Config, clock: datetime | None) -> None:
+    """Puts the resolved config into the run directory, and the date that its chat template writes, if it writes one."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    partial = run_dir / "config.yaml.partial"
-    partial.write_text(dump_config(config))
-    partial.replace(run_dir / "config.yaml")
+    _write(run_dir / "config.yaml", dump_config(config))
+    if clock is not None and not (run_dir / CLOCK_FILE).exists():
+        _write(run_dir / CLOCK_FILE, clock.isoformat() + "\n")
+
+
+def run_clock(run_dir: epath.Path) -> datetime:
+    """The time that chat templates see: that of the run's first start, so that a resumed run renders the same text;
+    today, for a new one."""
+    file = run_dir / CLOCK_FILE
+    if file.exists():
+        return datetime.fromisoformat(file.read_text().strip())
+    return datetime.combine(date.today(), time())
+
+
+def _write(file: epath.Path, text: str) -> None:
+    """Whole or not at all."""
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(text)
+    partial.replace(file)

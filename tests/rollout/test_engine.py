@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,10 @@ import pytest
 
 from posttrain.config import MeshConfig
 from posttrain.errors import UserError
+from posttrain.models import hf
 from posttrain.models.decoder import ComputeOptions, DecoderConfig, abstract_decoder, init_params
 from posttrain.models.layers import RopeConfig
+from posttrain.objectives.logps import token_stats
 from posttrain.parallel.mesh import make_mesh, single_device_mesh
 from posttrain.parallel.sharding import flatten, place, unflatten
 from posttrain.records import Batch, Params
@@ -103,6 +106,30 @@ def test_cached_generation_equals_the_full_forward() -> None:
             tempered -= np.log(np.exp(tempered).sum(-1, keepdims=True))
             chosen = np.take_along_axis(tempered, answer.token_ids[:, None], 1)[:, 0]
             np.testing.assert_allclose(answer.sampled_logprobs, chosen, atol=2e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_sampler_and_trainer_agree_on_log_probs(temperature: float) -> None:
+    """What a policy loss recomputes for sampled tokens is what the sampler said of them."""
+    rng = np.random.default_rng(8)
+    how = SamplingParams(20, temperature)
+    asked = [Request(i, rng.integers(0, 90, n).tolist(), how) for i, n in enumerate((3, 17, 30))]
+    found = by_id(engine(3, stop_ids=()).generate(asked))
+    for request in asked:
+        answer = found[request.id]
+        tokens, length = np.zeros((1, 96), np.int32), len(request.prompt) + 20
+        tokens[0, :length] = [*request.prompt, *answer.token_ids]
+        segments = (np.arange(96)[None] < length).astype(np.int32)
+        stats = token_stats(
+            full_hidden(PARAMS, tokens, length)[None],
+            DECODER.merge(PARAMS).head(),
+            jnp.asarray(tokens),
+            jnp.asarray(segments),
+            vocab_size=90,
+            temperature=temperature,
+        )
+        recomputed = np.asarray(stats.logps)[0, len(request.prompt) : length]
+        np.testing.assert_allclose(answer.sampled_logprobs, recomputed, atol=1e-5)
 
 
 def test_prompts_in_several_pieces_equal_the_full_forward(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,3 +358,17 @@ def test_prefills_have_two_shapes_only() -> None:
     assert list(groups(range(5), 8)) == [([0, 1, 2, 3, 4], 8)]
     assert list(groups(range(4), 8)) == [([0], 1), ([1], 1), ([2], 1), ([3], 1)]
     assert list(groups(range(2), 1)) == [([0], 1), ([1], 1)]
+
+
+@pytest.mark.acceptance
+def test_smollm2_continues_greedily_as_torch_does(smollm2: Path, shared: Path) -> None:
+    reference = np.load(shared / "reference" / "reference_smollm2.npz")
+    config, _ = hf.load_config(smollm2)
+    decoder = abstract_decoder(config)
+    params = hf.load_params(smollm2, config, decoder.shapes)
+    prompt, expected = reference["greedy_prompt"], reference["greedy_new"]
+    for slots in (1, 4):
+        real = Engine(decoder, params, slots=slots, max_length=256, stop_ids=(2,))
+        others = [Request(i, prompt[: 5 * i], SamplingParams(30, temperature=1.0)) for i in range(1, 6)]
+        found = by_id(real.generate([*others, Request(0, prompt, SamplingParams(len(expected)))]))
+        assert found[0].token_ids.tolist() == expected.tolist()

@@ -158,7 +158,7 @@ def train(params: Params, batch: Batch, **config: Any) -> tuple[TrainState, Trai
 
 def test_a_step_logs_what_it_did_and_moves_the_parameters(params: Params) -> None:
     batch = split(make_rows(packed=True), 2)
-    before, after, logged = train(params, batch)
+    _, after, logged = train(params, batch)
     value, gradients = loss_and_gradients(loss_sums(), params, batch)
     norm = np.sqrt(sum(float((g.astype(np.float64) ** 2).sum()) for g in gradients.values()))
     assert logged["loss"] == pytest.approx(value, rel=1e-5)
@@ -208,7 +208,8 @@ def test_a_batch_without_trained_tokens_has_loss_and_gradient_zero(params: Param
 def test_metrics_combine_by_their_reduction() -> None:
     values, weights = jnp.asarray([6.0, 1.0]), jnp.asarray([3.0, 1.0])
     combined = {
-        name: float(Metric(values, weights, name).over_micro_batches().value()) for name in ("mean", "sum", "min", "max")
+        name: float(Metric(values, weights, name).over_micro_batches().value())
+        for name in ("mean", "sum", "min", "max")
     }
     assert combined == {"mean": 7 / 4, "sum": 7.0, "min": 1.0, "max": 6.0}
     assert float(Metric(jnp.float32(0), jnp.float32(0)).value()) == 0.0
