@@ -41,7 +41,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         },
         "train": {"global_batch_size": arguments.rows, "max_steps": arguments.steps},
         "optimizer": {"learning_rate": 1e-5},
-        "mesh": {"fsdp": arguments.devices},
+        "mesh": {"data": arguments.data_axis, "fsdp": arguments.fsdp},
     }
     experiment = build(parse_config(raw, "benchmark"))
     peak, _ = peak_flops(jax.devices())
@@ -86,7 +86,8 @@ def main() -> None:
     parser.add_argument("--skip", type=int, default=2)
     parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--row-length", type=int, default=1024)
-    parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--data-axis", type=int, default=1)
+    parser.add_argument("--fsdp", type=int, default=1)
     parser.add_argument("--remat", default="dots")
     parser.add_argument("--peer")
     parser.add_argument("--rounds", type=int, default=2)

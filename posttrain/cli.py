@@ -59,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as error:
         print(f"posttrain {command}: {error}", file=sys.stderr)
         code = 1
+    except KeyboardInterrupt:
+        code = 130
     raise SystemExit(code)
 
 

@@ -30,7 +30,8 @@ class ImportOptions:
 
 def import_model(options: ImportOptions) -> None:
     """The command."""
-    print(import_gguf(options.source, options.out, options.dtype))
+    import_gguf(options.source, options.out, options.dtype)
+    print(f"wrote {options.out}")
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def export_run(options: ExportOptions) -> None:
         raise UserError(f"{run_dir}: no checkpoint of step {options.step}; there are {checkpoints.steps() or 'none'}")
     model = setup_model(config.model, options.mesh)
     params = checkpoints.restore_params(step, model.abstract_params)
-    written = hf.export_hf(
+    hf.export_hf(
         params,
         model.config,
         options.out,
@@ -71,4 +72,4 @@ def export_run(options: ExportOptions) -> None:
         generation_config=hf.load_generation_config(model.directory),
     )
     if jax.process_index() == 0:
-        print(f"{written} (step {step})")
+        print(f"wrote {options.out} (step {step})")

@@ -157,7 +157,11 @@ def build(config: Config) -> Experiment:
     if problems:
         raise UserErrors(problems)
     model = setup_model(config.model, config.mesh)
+    hf.check_weights(model.directory, model.config)
     accumulation, micro_rows = batch_split(config, dict(model.mesh.shape))
+    shapes = {path: leaf.shape for path, leaf in flatten(model.decoder.shapes).items()}
+    optimizer = partial(make_optimizer, config.optimizer, shapes)
+    optimizer(total_steps=1)  # its patterns are checked before the data is read, which tells the number of steps
     tokenizer = load_tokenizer(config)
     _check_vocabulary(tokenizer, model.config)
     data = build_datasets(
@@ -171,10 +175,10 @@ def build(config: Config) -> Experiment:
         barrier=barrier,
         is_main=jax.process_index() == 0,
     )
-    shapes = {path: leaf.shape for path, leaf in flatten(model.decoder.shapes).items()}
-    optimizer = make_optimizer(config.optimizer, shapes, data.train.num_steps)
     loss = LossSums(model.decoder, build_objective(config.objective), model.compute_dtype)
-    return Experiment(config, model, tokenizer, data, loss, optimizer, accumulation, micro_rows)
+    return Experiment(
+        config, model, tokenizer, data, loss, optimizer(total_steps=data.train.num_steps), accumulation, micro_rows
+    )
 
 
 def _check_vocabulary(tokenizer: Tokenizer, model: DecoderConfig) -> None:

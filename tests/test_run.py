@@ -228,6 +228,11 @@ def test_resume_never_and_must(files: Path, uninterrupted: Path, tmp_path: Path)
     assert "there is no checkpoint" in finish(start(files, tmp_path / "new", "--run.resume", "must"), 1)
 
 
+def test_an_export_without_checkpoints_is_not_written_over(files: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / "export").mkdir(parents=True)
+    assert "has an export but no checkpoint" in finish(start(files, tmp_path / "run"), 1)
+
+
 def test_other_data_under_the_same_name_is_refused(files: Path, tmp_path: Path) -> None:
     write_chats(tmp_path / "chats.jsonl", 60)
     overrides = ("--data.train.0.path", str(tmp_path / "chats.jsonl"), "--train.max_steps", "3")

@@ -178,6 +178,12 @@ def load_params(model_dir: str | os.PathLike[str], config: DecoderConfig, abstra
     return unflatten({path: _load(reader, names, table[path], config, leaf) for path, leaf in leaves.items()})
 
 
+def check_weights(model_dir: str | os.PathLike[str], config: DecoderConfig) -> None:
+    """Raises `UserErrors` that list tensors that are missing, extra or misshapen; reads headers only."""
+    family = find_family(read_json(Path(model_dir) / "config.json").get("model_type"))
+    _check_tensors(CheckpointReader(Path(model_dir)), family, config)
+
+
 def _check_tensors(reader: CheckpointReader, family: Family, config: DecoderConfig) -> dict[str, str]:
     """Name in the table -> name in the files. Raises `UserErrors` unless they are those of the config."""
     expected = stored_tensors(family.WEIGHTS, config)

@@ -1,5 +1,6 @@
 """The run, top to bottom, for every method: resume or start, compile once, step, evaluate, save, export."""
 
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -87,8 +88,6 @@ def run(experiment: Experiment) -> RunResult:
     start = checkpoints.latest_step()
     differences = check_resume(run_dir, config, start)
     barrier("resume checked")
-    if is_main:
-        save_config(run_dir, config, experiment.tokenizer.clock if experiment.tokenizer.writes_date else None)
     console = Console(total_steps=last_step, is_main=is_main)
     for key, old, new in differences:
         console.note(f"resume: {key} was {old!r}, is {new!r}")
@@ -104,6 +103,8 @@ def run(experiment: Experiment) -> RunResult:
                 "restore it, or use another run.dir"
             )
         console.note(f"resumed at step {start} of {last_step} from {run_dir}")
+    if is_main:
+        save_config(run_dir, config, experiment.tokenizer.clock if experiment.tokenizer.writes_date else None)
     log = MetricsLog(run_dir, tensorboard=config.log.tensorboard, is_main=is_main, resume_step=start)
 
     # --- Compile, once ----------------------------------------------------------------------------------------------
@@ -162,7 +163,7 @@ def run(experiment: Experiment) -> RunResult:
     step, pending, stopped_by = start, None, None
     on_cpu = jax.default_backend() == "cpu"
     batches = global_batches(data.train, mesh, experiment.micro_rows, start)
-    with StopRequest(mesh) as stop, console, log:
+    with StopRequest(mesh) as stop, console, log, contextlib.closing(checkpoints):
         if start == 0 or (is_evaluated(start) and not meta["evaluated"]):
             evaluate(start, state.params)
         for step, (index, batch) in enumerate(batches, start + 1):
@@ -185,8 +186,7 @@ def run(experiment: Experiment) -> RunResult:
             if stopped_by is not None:
                 break
 
-        # --- End ------------------------------------------------------------------------------------------------------
-        checkpoints.close()
+    # --- End ------------------------------------------------------------------------------------------------------
     finished = step >= last_step
     export_dir = None
     if finished and config.checkpoint.export_at_end:

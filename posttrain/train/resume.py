@@ -56,6 +56,11 @@ def check_resume(run_dir: epath.Path, config: Config, latest: int | None) -> lis
                 f"run.resume = must: there is no checkpoint in {run_dir / 'checkpoints'}; "
                 "check run.dir, or use run.resume auto to start at step 0"
             )
+        if (run_dir / "export").exists():
+            raise UserError(
+                f"{run_dir} has an export but no checkpoint: its run cannot go on, and nothing is written over; "
+                "use another run.dir, or move the export away"
+            )
         return []
     if config.run.resume == "never":
         raise UserError(

@@ -104,7 +104,7 @@ def test_the_gradient_is_that_of_finite_differences(params: Params) -> None:
     direction = {path: leaf * np.abs(rng.normal(size=leaf.shape)) for path, leaf in gradients.items()}
     norm = np.sqrt(sum(float((d**2).sum()) for d in direction.values()))
     direction = {path: (leaf / norm).astype(np.float32) for path, leaf in direction.items()}
-    step = 1e-2
+    step = 1e-3
     sides = []
     for sign in (1, -1):
         moved = {path: leaf + sign * step * direction[path] for path, leaf in flatten(params).items()}
