@@ -3,8 +3,8 @@
     python benchmarks/sft.py --model MODEL --data chat.jsonl [--steps 8] [--peer 'COMMAND']
 
 Runs the very train step on packed rows of 1024 tokens, one row a step, float32, one device; counts real tokens only.
-`--peer` is a command that prints `RESULT {json}` with `nonpad_tok_per_s` and `peak_rss_mb` (for example a TRL script in
-an environment of its own); the two run in turn, `--rounds` times, and the medians' ratio is printed.
+`--peer` is a command that prints `RESULT {json}` with the same keys, see `main` (for example a TRL script in an
+environment of its own); the two run in turn, `--rounds` times, and the medians' ratio is printed.
 """
 
 import argparse
@@ -50,18 +50,21 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     compile_seconds = time.monotonic() - started
     state = experiment.initial_state()
     flops = StepFlops(experiment.model.config)
-    seconds, tokens, work, losses = [], [], [], []
+    seconds, cpu, tokens, work, losses = [], [], [], [], []
     for index, batch in global_batches(experiment.data.train, experiment.mesh, experiment.micro_rows):
-        started = time.monotonic()
+        started, cpu_started = time.monotonic(), time.process_time()
         state, logged = step(state, batch)
         jax.block_until_ready(logged)
         seconds.append(time.monotonic() - started)
+        cpu.append(time.process_time() - cpu_started)
         tokens.append(float(np.asarray(logged["num_tokens"])))
         work.append(flops(experiment.data.train, index))
         losses.append(round(float(logged["loss"]), 4))
     skip = arguments.skip
     return {
         "nonpad_tok_per_s": round(sum(tokens[skip:]) / sum(seconds[skip:]), 1),
+        "best_step_tok_per_s": round(max(t / s for t, s in zip(tokens[skip:], seconds[skip:], strict=True)), 1),
+        "tok_per_cpu_s": round(sum(tokens[skip:]) / sum(cpu[skip:]), 1),
         "mfu": round(sum(work[skip:]) / sum(seconds[skip:]) / peak, 3) if peak else None,
         "matmul_gflops": round(peak / 1e9) if peak else None,
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
@@ -101,7 +104,13 @@ def main() -> None:
         *(f"--{k.replace('_', '-')}={v}" for k, v in vars(arguments).items() if v and k != "peer"),
     ]
     rounds = [(run(own), run(shlex.split(arguments.peer))) for _ in range(arguments.rounds)]
-    for name, unit in (("nonpad_tok_per_s", "real tokens/s"), ("peak_rss_mb", "MB peak")):
+    units = {
+        "nonpad_tok_per_s": "real tokens/s",
+        "best_step_tok_per_s": "real tokens/s, best step",
+        "tok_per_cpu_s": "real tokens/CPU s",
+        "peak_rss_mb": "MB peak",
+    }
+    for name, unit in units.items():
         ours, peers = (statistics.median(pair[side][name] for pair in rounds) for side in (0, 1))
         print(f"{unit}: posttrain {ours:.0f}, peer {peers:.0f}, ratio {ours / peers:.2f}")
     print(json.dumps(rounds))
