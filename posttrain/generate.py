@@ -65,7 +65,8 @@ class _ModelOptions:
     seed: int = 0
     """Seed of sampling. An answer depends on it, the prompt and the row's number alone."""
     max_length: int | None = None
-    """Longest sequence in tokens, prompt and answer together; default: what is needed, within the model's own limit."""
+    """Longest sequence in tokens, prompt and answer together; default: what is needed (chat: 4096), up to the model's
+    own limit."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype; auto: bfloat16 on accelerators, float32 on CPU."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
