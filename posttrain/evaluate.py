@@ -36,7 +36,11 @@ class EvaluateOptions:
 
 def evaluate(config: Config, options: EvaluateOptions) -> None:
     """The command."""
-    experiment = build(config)
+    one_epoch = {
+        "train": config.train.model_copy(update={"max_steps": None}),
+        "data": config.data.model_copy(update={"epochs": 1}),
+    }
+    experiment = build(config.model_copy(update=one_epoch))
     name, data = _choose_data(experiment, options)
     loss = DatasetLoss(experiment.loss, experiment.mesh, experiment.micro_rows)
     params = _choose_params(experiment, options)

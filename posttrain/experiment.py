@@ -6,7 +6,7 @@ Order: what the config alone can tell, then the model's `config.json`, then the 
 import inspect
 import math
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from posttrain.data.pipeline import build_datasets
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.errors import UserError, UserErrors
 from posttrain.models import hf
-from posttrain.models.decoder import ComputeOptions, DecoderConfig, abstract_decoder
+from posttrain.models.decoder import ComputeOptions, DecoderConfig, Remat, abstract_decoder
 from posttrain.objectives import supervised
 from posttrain.parallel.mesh import barrier, check_mesh, make_mesh, row_shards, start_processes
 from posttrain.parallel.sharding import flatten, place
@@ -59,11 +59,6 @@ def check_config(config: Config) -> list[str]:
         )
     if data.heldout.path and "fraction" in data.heldout.model_fields_set and data.heldout.fraction > 0.0:
         problems.append("data.heldout: both path and fraction are given; keep one (fraction: 0 with a path)")
-    wanted = config.train.grad_reduce_dtype
-    if wanted is not None and model.dtype != "auto" and wanted != model.dtype:
-        problems.append(
-            f"train.grad_reduce_dtype = {wanted}: only the compute dtype ({model.dtype}) is served yet; leave it null"
-        )
     if config.log.profile_steps is not None and not 0 <= config.log.profile_steps[0] < config.log.profile_steps[1]:
         problems.append(f"log.profile_steps = {config.log.profile_steps}: give first < last, counted from 0")
     try:
@@ -127,17 +122,12 @@ def setup_model(config: ModelConfig, mesh_config: MeshConfig) -> ModelSetup:
     compute = config.dtype
     if compute == "auto":
         compute = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    options = ComputeOptions("chunked" if config.attention == "auto" else config.attention, _remat_name(config.remat))
+    attention = "chunked" if config.attention == "auto" else config.attention
+    options = ComputeOptions(attention, cast(Remat, config.remat))
     decoder = abstract_decoder(decoder_config, dtype=jnp.dtype(config.params_dtype), options=options)
     shapes = flatten(decoder.shapes)
     placements = {path: place(axes, shapes[path].shape, mesh) for path, axes in decoder.axes.items()}
     return ModelSetup(directory, decoder_config, raw, decoder, mesh, placements, jnp.dtype(compute))
-
-
-def _remat_name(name: str) -> Any:
-    if name == "offload":
-        raise UserError("model.remat = offload: not served yet; use none, minimal, dots or full")
-    return name
 
 
 def load_tokenizer(config: Config) -> Tokenizer:
@@ -157,6 +147,12 @@ def build(config: Config) -> Experiment:
     if problems:
         raise UserErrors(problems)
     model = setup_model(config.model, config.mesh)
+    reduced = config.train.grad_reduce_dtype
+    if reduced is not None and reduced != model.compute_dtype.name:
+        raise UserError(
+            f"train.grad_reduce_dtype = {reduced}: only the compute dtype ({model.compute_dtype.name}) is served yet; "
+            "leave it null"
+        )
     hf.check_weights(model.directory, model.config)
     accumulation, micro_rows = batch_split(config, dict(model.mesh.shape))
     shapes = {path: leaf.shape for path, leaf in flatten(model.decoder.shapes).items()}

@@ -247,3 +247,15 @@ def test_evaluate_gives_losses_and_gradient_norms(files: Path, uninterrupted: Pa
     values = json.loads(first[first.index("{") : first.rindex("}") + 1])
     assert values["loss"] == pytest.approx(logged(uninterrupted)[0]["eval_loss"], rel=1e-5)
     assert len(values["gradient_norms"]) == 3 + 2 * 9 and all(norm > 0 for norm in values["gradient_norms"].values())
+
+
+def test_evaluate_reads_the_whole_training_set_whatever_max_steps(files: Path, tmp_path: Path) -> None:
+    overrides = ("--json", "--split", "train", "--train.max_steps", "1")
+    said = finish(start(files, tmp_path / "run", *overrides, command="evaluate"))
+    values = json.loads(said[said.index("{") : said.rindex("}") + 1])
+    assert values["split"] == "train" and values["samples"] == 108 and 5 < values["loss"] < 7
+
+
+def test_another_reduction_dtype_is_refused(files: Path, tmp_path: Path) -> None:
+    said = finish(start(files, tmp_path / "run", "--train.grad_reduce_dtype", "bfloat16"), 1)
+    assert "only the compute dtype (float32) is served yet" in said

@@ -60,7 +60,7 @@ class DatasetLoss:
         return self._report(sums, totals, metrics)
 
     def gradients(self, params: Params, data: PackedDataset) -> tuple[dict[str, float], Params]:
-        """The same, and the gradient of the loss over the whole set, f32, as numpy arrays by name."""
+        """The same, and the gradient of the loss over the whole set, f32, placed as the parameters are."""
         with jax.set_mesh(self._mesh):
             totals = None
             for batch in self._batches(data):
