@@ -11,7 +11,7 @@ import pydantic
 import tyro
 import yaml
 from etils import epath
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from posttrain.errors import UserError, UserErrors
 
@@ -57,27 +57,81 @@ class TokenizerConfig(Section):
     path: str | None = None
     """Default: the model's own."""
     chat_template: str | None = None
-    """A .jinja file or the built-in `chatml`; base models need one."""
+    """A .jinja file or a built-in one (chatml, llama3, gemma, minimal); base models need one."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Variables for the chat template, e.g. `{enable_thinking: false}`; a row's own `chat_template_kwargs` win."""
     add_special_tokens: tuple[str, ...] = ()
-    """New tokens (not served yet)."""
+    """New tokens. The embeddings grow where needed, and the new rows start as the mean of the old ones."""
     eos_token: str | None = None
-    """Another end-of-sequence token, from the vocabulary."""
+    """Another end-of-sequence token, from the vocabulary or `add_special_tokens`."""
 
 
-class SourceConfig(Section):
-    path: str = ""
-    """JSONL, JSON or Parquet file of `messages`, prompt-completion or `text` rows."""
-    weight: float = Field(default=1.0, gt=0)
-    """Share in a mixture (only 1.0 is served yet)."""
-    format: Literal["auto", "messages", "prompt_completion", "text"] = "auto"
+Format = Literal[
+    "auto",
+    "messages",
+    "prompt_completion",
+    "text",
+    "prompt",
+    "preference",
+    "unpaired_preference",
+    "stepwise_supervision",
+    "sharegpt",
+    "alpaca",
+    "hh",
+    "tree",
+]
+
+
+class RowsConfig(Section):
+    """How the rows of a file are read."""
+
+    format: Format = "auto"
     """auto: recognised from the columns."""
+    columns: dict[str, str] = {}
+    """What the columns are called here, by their usual names: `{prompt: question, completion: answer}`."""
+    preference: Literal["error", "chosen"] = "error"
+    """What supervised fine-tuning makes of preference rows; chosen: it trains on the chosen answers (of unpaired rows
+    on those labelled true)."""
+    tree: Literal["all", "best"] = "all"
+    """Of message trees: all replies, each trained on once, or the best-ranked line only."""
 
 
-class HeldoutConfig(Section):
+class SourceConfig(RowsConfig):
+    path: str = ""
+    """File, or pattern such as `chats/*.jsonl`: JSONL, JSON, Parquet or ArrayRecord, compressed or not; local or any
+    URL of fsspec (`hf://datasets/ORG/NAME/...`, `gs://`, `s3://`)."""
+    weight: float | None = Field(default=None, gt=0)
+    """Share in the mixture, in samples; relative to the other sources' weights. Without weights every source is used
+    whole."""
+    repeat: int = Field(default=1, ge=1)
+    """Passes over this source in one epoch; with a weight, at most so many."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use at most so many of its samples, chosen by run.seed."""
+
+
+class HeldoutConfig(RowsConfig):
     path: str | None = None
-    """A file of its own for held-out loss."""
+    """A file of its own, or a pattern, for held-out loss."""
     fraction: float = Field(default=0.02, ge=0, lt=1)
     """Without a path: this share of the training samples is held out."""
+
+    def as_source(self) -> SourceConfig:
+        """The file as a source of its own. Needs a path."""
+        return SourceConfig(**self.model_dump(exclude={"fraction"}))
+
+
+LossOn = Literal["assistant", "completion", "last_assistant", "all", "system", "developer", "user", "tool"]
+
+
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+def _check_loss_on(value: tuple[LossOn, ...]) -> tuple[LossOn, ...]:
+    alone = [name for name in value if name in ("completion", "last_assistant", "all")]
+    if not value or (alone and len(value) > 1):
+        raise ValueError(f"give one of assistant, completion, last_assistant, all, or roles; got {list(value)}")
+    return value
 
 
 class DataConfig(Section):
@@ -92,8 +146,12 @@ class DataConfig(Section):
     """Several samples in one row, isolated from each other."""
     truncation: Literal["keep_start", "keep_end", "drop"] = "keep_start"
     """What becomes of samples longer than max_length. They are counted."""
-    loss_on: Literal["assistant", "completion", "last_assistant", "all"] = "assistant"
-    """Which tokens are trained on."""
+    loss_on: Annotated[tuple[LossOn, ...], BeforeValidator(_as_tuple), AfterValidator(_check_loss_on)] = ("assistant",)
+    """What is trained on: `assistant` (every turn), `last_assistant`, `completion` (all behind the prompt of
+    prompt-completion rows) or `all`; or a list of roles, e.g. `[assistant, tool]`. Weights by message override it."""
+    drop_duplicates: Switch = False
+    """Training samples that are exactly alike (tokens and weights) are used once, the first of them, after the limits;
+    otherwise they are only counted."""
     epochs: int = Field(default=1, ge=1)
     """Passes over the data; train.max_steps, when set, decides instead."""
     on_bad_row: Literal["error", "skip"] = "error"
@@ -148,6 +206,8 @@ class OptimizerConfig(Section):
     """Clip the gradient to this global norm; null: never."""
     freeze: tuple[str, ...] = ()
     """Parameters that are not trained: regular expressions as in no_decay."""
+    only_new_tokens: Switch = False
+    """Train the embedding rows of tokenizer.add_special_tokens and nothing else."""
 
 
 class MeshConfig(Section):

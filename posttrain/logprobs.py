@@ -13,12 +13,13 @@ import numpy as np
 import tyro
 from jaxtyping import Array, Float
 
-from posttrain.config import MeshConfig, ModelConfig
+from posttrain.config import MeshConfig, ModelConfig, SourceConfig
 from posttrain.data.chat import Sample, encode_rows
 from posttrain.data.files import BadRow, Record, read_records
-from posttrain.data.formats import to_row
+from posttrain.data.formats import to_rows
 from posttrain.data.packing import plan_rows
 from posttrain.data.pipeline import assemble
+from posttrain.data.rows import Row
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.errors import UserError, UserErrors
 from posttrain.experiment import setup_model
@@ -34,7 +35,8 @@ class LogprobsOptions:
     """Log-probability of each token given those before it, for rows of `input_ids`, `text` or `messages`.
 
     Writes one JSON line per row, in order: `input_ids`, `logprobs` (null for the first token) and `trained` (whether
-    training on this row would train the token).
+    training on this row would train the token). A row that training splits into several samples, because the chat
+    template renders earlier turns differently later, has a line for each.
     """
 
     model: Annotated[str, tyro.conf.Positional]
@@ -86,22 +88,29 @@ def _open_output(path: str) -> IO[str]:
 
 
 def read_samples(path: str, tokenizer: Tokenizer, vocab_size: int) -> list[Sample]:
-    """All rows as token ids and training masks. Raises `UserErrors` naming every bad row."""
-    found: list[Any] = []
+    """The samples of all rows, in order: token ids and training masks. Raises `UserErrors` naming every bad row."""
+    found: list[Sample | Row | BadRow] = []
     for record in read_records(path):
-        if isinstance(record, Record) and "input_ids" in record.columns:
+        if isinstance(record, BadRow):
+            found.append(record)
+        elif "input_ids" in record.columns:
             found.append(_from_ids(record, vocab_size))
         else:
-            found.append(record if isinstance(record, BadRow) else to_row(record, "auto"))
-    to_encode = [i for i, item in enumerate(found) if not isinstance(item, BadRow | Sample)]
-    for i, sample in zip(to_encode, encode_rows([found[i] for i in to_encode], tokenizer, "assistant"), strict=True):
-        found[i] = sample
-    bad = [str(item) for item in found if isinstance(item, BadRow)]
+            found.extend(to_rows(record, SourceConfig()))
+    encoded = iter(encode_rows([item for item in found if isinstance(item, Row)], tokenizer))
+    samples: list[Sample] = []
+    bad: list[str] = []
+    for item in found:
+        outcome = next(encoded) if isinstance(item, Row) else item
+        if isinstance(outcome, BadRow):
+            bad.append(str(outcome))
+        else:
+            samples.extend([outcome] if isinstance(outcome, Sample) else outcome)
     if bad:
         raise UserErrors(bad)
-    if not found:
+    if not samples:
         raise UserError(f"{path}: no rows")
-    return found
+    return samples
 
 
 def _from_ids(record: Record, vocab_size: int) -> Sample | BadRow:

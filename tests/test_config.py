@@ -73,7 +73,7 @@ def test_combinations_and_unserved_keys_are_reported_together() -> None:
         {
             "model": {"lora": {"r": 16}, "remat": "offload"},
             "reference": {"path": "x"},
-            "data": {"train": [{"path": "", "weight": 2.0}], "max_length": 100, "row_length": 50},
+            "data": {"train": [{"path": "", "weight": 2.0}, {"path": "a"}], "max_length": 100, "row_length": 50},
             "mesh": {"context": 2, "fsdp": -1, "data": -1},
             "objective": {"name": "sft", "beta": 0.1},
             "log": {"wandb": "project"},
@@ -87,7 +87,7 @@ def test_combinations_and_unserved_keys_are_reported_together() -> None:
         "model.remat",
         "model.path is empty",
         "data.train.0.path is empty",
-        "data.train.0.weight = 2.0",
+        "data.train: 1 of the sources 0 to 1 have no weight, the others have one: give every source a weight, or none",
         "data.max_length = 100 is over data.row_length = 50",
         "mesh.context = 2",
         "data and fsdp are both -1",

@@ -1,231 +1,230 @@
-"""Dataset files to canonical rows: the first stop of the data path.
+"""Records to canonical rows: everything that a row of a dataset can be (`rows.py`), told by its columns or by name.
 
-A file is JSON Lines, a JSON list or Parquet, anywhere fsspec reaches. A row is a conversation (`messages`), a prompt
-with its completion (strings or lists of messages), or a plain `text`. What this module does not know it refuses with
-file, line and key; what means something that is not served yet (content parts, per-message weights, tools, preference
-columns, ...) is refused too, for ignoring it would train on something else than the user wrote.
+The second stop of the data path, between `files.py` and `chat.py`. The forms are TRL's (in strings or in messages) and
+those found beside them; each has a reader in `forms.py`:
+
+    messages              messages
+    sharegpt              conversations, perhaps system
+    prompt_completion     prompt, completion
+    text                  text
+    alpaca                instruction, output (or chosen, rejected), perhaps input, system, history, label; or
+                          instruction, instances (objects with input and output)
+    preference            prompt, chosen, rejected; or chosen, rejected that begin alike; or one message each in chosen
+                          and rejected behind conversations or messages; also chosen_messages, rejected_messages
+    hh                    chosen, rejected: texts that begin with "\\n\\nHuman:"
+    unpaired_preference   prompt, completion, label; or messages (conversations), label
+    stepwise_supervision  prompt, completions, labels
+    tree                  prompt: an object with text, role and replies
+    prompt                prompt, where the row is nothing else
+
+Of conversations in any form `tools` (or `functions`) and `chat_template_kwargs` are read. Columns that a form has no
+use for are ignored, but `label` beside a completion or a conversation always means preference, unless a format is named
+that has none. A row of several forms is refused until the source's `format` names one of them; so is what is not known,
+and what would be lost.
 """
 
 import difflib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
+from posttrain.config import SourceConfig
+from posttrain.data import forms
 from posttrain.data.files import BadRow, Record, read_records
+from posttrain.data.messages import MEDIA, NO_MEDIA
+from posttrain.data.problems import Problems, is_empty, printable, type_name
+from posttrain.data.rows import Row
+from posttrain.data.trees import is_hh
 from posttrain.errors import UserError
 
-Kind = Literal["messages", "prompt_completion", "text"]
-
-KINDS: Mapping[Kind, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "prompt_completion": ("prompt", "completion"),
-    "text": ("text",),
+_FORMS: Mapping[str, tuple[Callable[[forms.Fields], list[Row]], tuple[tuple[str, ...], ...]]] = {
+    "messages": (forms.read_messages, (("messages",),)),
+    "sharegpt": (forms.read_sharegpt, (("conversations",),)),
+    "prompt_completion": (forms.read_prompt_completion, (("prompt", "completion"),)),
+    "text": (forms.read_text, (("text",),)),
+    "alpaca": (
+        forms.read_alpaca,
+        (("instruction", "output"), ("instruction", "instances"), ("instruction", "chosen", "rejected")),
+    ),
+    "preference": (forms.read_preference, (("chosen", "rejected"), ("chosen_messages", "rejected_messages"))),
+    "hh": (forms.read_hh_pair, (("chosen", "rejected"),)),
+    "unpaired_preference": (
+        forms.read_unpaired_preference,
+        (("prompt", "completion", "label"), ("messages", "label"), ("conversations", "label")),
+    ),
+    "stepwise_supervision": (forms.read_stepwise_supervision, (("prompt", "completions", "labels"),)),
+    "tree": (forms.read_tree_rows, (("prompt",),)),
+    "prompt": (forms.read_prompt, (("prompt",),)),
 }
-"""The kinds of row, each with the columns that make it."""
+"""Each form's reader, and the sets of columns of which it needs one."""
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
+COLUMNS = tuple(
+    dict.fromkeys(
+        (
+            *(column for _, sets in _FORMS.values() for columns in sets for column in columns),
+            *("input", "system", "history", "margin", "tools", "functions", "chat_template_kwargs"),
+        )
+    )
+)
+"""The columns that have a meaning, as a source's `columns` may name them."""
 
-_ROLE_ALIASES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "function": "tool"}
-
-_PREFERENCE = "preference data is not served yet; fix: give the wanted answers as messages or prompt and completion"
-_MEDIA = "images, audio and video are not served yet; fix: rows of text only"
-_TOOLS = "tool schemas are not served yet; fix: leave these rows out"
-_UNSERVED_COLUMNS = {
-    "tools": _TOOLS,
-    "functions": _TOOLS,
-    "documents": "documents are not served yet; fix: write them into a message",
-    "chat_template_kwargs": "template arguments by row are not served yet; fix: leave these rows out",
-    **dict.fromkeys(("chosen", "rejected", "label", "labels", "completions", "margin"), _PREFERENCE),
-    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _MEDIA),
-}
-
-_WEIGHTS = "weights by message are not served yet; fix: remove the key, and choose what is trained with data.loss_on"
-_REASONING = "reasoning is not served yet; fix: remove it, or write it into content as the model's template does"
-_UNSERVED_MESSAGE_KEYS = {
-    **dict.fromkeys(("weight", "loss_weight", "loss", "train", "trainable", "mask"), _WEIGHTS),
-    **dict.fromkeys(("thinking", "reasoning_content", "reasoning"), _REASONING),
-    **dict.fromkeys(("tool_calls", "function_call"), "tool calls are not served yet; fix: leave these rows out"),
-    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _MEDIA),
-}
+_KNOWN = " | ".join(dict.fromkeys(" + ".join(sets[0]) for _, sets in _FORMS.values()))
 
 _UNKNOWN_ROWS_HELD = 1000
-"""A file that starts with so many rows of no known kind is taken for one of another format."""
+"""A file that starts with so many rows of no known form is taken for one of something else."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """One row in canonical form: a conversation in `messages`, or `prompt` and `completion`, or `text`."""
-
-    file: str
-    line: int
-    """As in `Record`."""
-    kind: Kind
-    messages: tuple[dict[str, Any], ...] = ()
-    """The whole conversation, of a prompt-completion row the prompt's messages first. Keys with null are left out."""
-    prompt_length: int = 0
-    """How many of `messages` are the prompt."""
-    prompt: str = ""
-    completion: str = ""
-    text: str = ""
-
-    def message_key(self, index: int) -> str:
-        """Where in the file message `index` stands, e.g. `completion[0]`."""
-        if self.kind == "messages":
-            return f"messages[{index}]"
-        inside_prompt = index < self.prompt_length
-        return f"prompt[{index}]" if inside_prompt else f"completion[{index - self.prompt_length}]"
+class _UnknownForm(BadRow):
+    """A row with the columns of no known form."""
 
 
-class _UnknownKind(BadRow):
-    """A row with the columns of no known kind."""
-
-
-def read_rows(path: str, format: str = "auto") -> Iterator[Row | BadRow]:
+def read_rows(
+    path: str, source: SourceConfig | None = None, records: Iterable[Record | BadRow] | None = None
+) -> Iterator[Row | BadRow]:
     """The rows of a file in order, with a BadRow in the place of each that cannot be used.
 
-    `format` is one of `KINDS`, or `auto`: by each row's columns. Columns that mean nothing here (id, source, ...) are
-    ignored. Raises UserError where the file cannot be read or holds no row of a known kind.
+    `source` says how the file is to be read, `records` are those to read where they are not all of the file's. Rows
+    that `to_rows` leaves out are passed over. Raises UserError where the file cannot be read or, read as a whole, holds
+    no row or none of a known form.
     """
-    if format != "auto" and format not in KINDS:
-        near = difflib.get_close_matches(format, KINDS, n=1)
-        raise UserError(
-            f"{path}: format {format!r} is unknown; known: auto, {', '.join(KINDS)}"
-            + (f"; did you mean {near[0]!r}?" if near else "")
-        )
+    source = source or SourceConfig()
+    whole = records is None
     count = 0
-    recognized = False
-    held: list[_UnknownKind] = []
-    for record in read_records(path):
+    recognized = not whole
+    held: list[Row | BadRow] = []
+    for record in read_records(path) if records is None else records:
         count += 1
-        row = record if isinstance(record, BadRow) else to_row(record, format)
-        if isinstance(row, _UnknownKind) and not recognized:
-            held.append(row)
+        rows = [record] if isinstance(record, BadRow) else to_rows(record, source)
+        if not recognized and (_is_unknown(rows) or (held and isinstance(record, BadRow))):
+            held.extend(rows)
             if len(held) == _UNKNOWN_ROWS_HELD:
                 break
             continue
-        if row is not record:
+        if isinstance(record, Record) and not recognized:
             recognized = True
             yield from held
             held.clear()
-        yield row
-    if count == 0:
+        yield from rows
+    if whole and count == 0:
         raise UserError(f"{path}: the file holds no rows")
-    if held:
-        raise UserError(f"{path}: no row of a known kind in {len(held)} rows; the first, {held[0].where}")
+    if held and isinstance(held[0], BadRow):
+        raise UserError(f"{path}: no row of a known form in {len(held)} rows; the first, {held[0].where}")
 
 
-def to_row(record: Record, format: str) -> Row | BadRow:
-    """The record in canonical form, or what is wrong with it; `format` as in `read_rows`."""
+def to_rows(record: Record, source: SourceConfig) -> list[Row | BadRow]:
+    """The rows of a record: one, several of a message tree, none where the source's options leave it out; or a BadRow.
+
+    With `source.preference` chosen a pair becomes a prompt with the chosen answer as its completion, and so does an
+    answer that is labelled true; one labelled false is left out. With error both stay what they are. Raises UserError
+    where `source.columns` speaks of a column that has no meaning.
+    """
     if not isinstance(record.value, dict):
-        return BadRow(record.file, record.line, "", f"a row is a JSON object, not {_type(record.value)}")
-    columns = record.columns
-    problems = [(k, why) for k, why in _UNSERVED_COLUMNS.items() if not _is_empty(columns.get(k))]
-    kind = _kind(record, columns, format)
-    if isinstance(kind, BadRow):
-        return _bad_row(record, problems) if problems else kind
-    if kind == "messages":
-        messages = _messages(columns, "messages", problems)
-        row = Row(record.file, record.line, kind, messages=messages)
-    elif kind == "text":
-        row = Row(record.file, record.line, kind, text=_string(columns, "text", problems))
-    elif isinstance(columns["prompt"], str) and isinstance(columns["completion"], str):
-        completion = _string(columns, "completion", problems)
-        row = Row(record.file, record.line, kind, prompt=columns["prompt"], completion=completion)
-        _check_encodable(row.prompt, "prompt", problems)
-    else:
-        prompt = _messages(columns, "prompt", problems)
-        completion = _messages(columns, "completion", problems)
-        row = Row(record.file, record.line, kind, messages=prompt + completion, prompt_length=len(prompt))
-    return _bad_row(record, problems) if problems else row
-
-
-def _kind(record: Record, columns: Mapping[str, Any], format: str) -> Kind | BadRow:
-    wanted: list[Kind] = [kind for kind in KINDS if format in ("auto", kind)]
-    found: list[Kind] = [kind for kind in wanted if all(name in columns for name in KINDS[kind])]
-    if len(found) > 1:
-        reason = f"the row is of several kinds ({', '.join(found)}); fix: set the source's format to one of them"
-        return BadRow(record.file, record.line, "", reason)
-    if found:
-        return found[0]
-    key = "" if format == "auto" else next(name for name in KINDS[wanted[0]] if name not in columns)
-    known = " | ".join(" + ".join(KINDS[kind]) for kind in wanted)
-    reason = f"the row has no known set of columns: it has {', '.join(columns) or 'none'}; known: {known}"
-    return _UnknownKind(record.file, record.line, key, reason)
-
-
-def _messages(columns: Mapping[str, Any], name: str, problems: list[tuple[str, str]]) -> tuple[dict[str, Any], ...]:
-    value = columns[name]
-    if not isinstance(value, list):
-        other = " (prompt and completion: both strings or both lists)" if name != "messages" else ""
-        problems.append((name, f"must be a list of messages, not {_type(value)}{other}"))
-        return ()
-    if not value:
-        problems.append((name, "has no messages"))
-    messages = []
-    for index, message in enumerate(value):
-        key = f"{name}[{index}]"
-        if not isinstance(message, dict):
-            problems.append((key, f"must be an object with role and content, not {_type(message)}"))
-            continue
-        message = {k: v for k, v in message.items() if v is not None}
-        _check_message(message, key, problems)
-        messages.append({k: v for k, v in message.items() if k not in _UNSERVED_MESSAGE_KEYS})
-    return tuple(messages)
-
-
-def _check_message(message: dict[str, Any], key: str, problems: list[tuple[str, str]]) -> None:
-    role, content = message.get("role"), message.get("content")
-    if role is None:
-        problems.append((f"{key}.role", "missing or null; fix: one of " + ", ".join(ROLES)))
-    elif role not in ROLES:
-        near = _ROLE_ALIASES.get(role) if isinstance(role, str) else None
-        problems.append((f"{key}.role", f"unknown role {role!r}; fix: " + (near or "one of " + ", ".join(ROLES))))
-    if isinstance(content, str):
-        _check_encodable(content, f"{key}.content", problems)
-    elif content is None:
-        problems.append((f"{key}.content", "missing or null; fix: give the message's text"))
-    elif isinstance(content, list):
-        problems.append((f"{key}.content", "a list of content parts is not served yet; fix: one string"))
-    else:
-        problems.append((f"{key}.content", f"must be a string, not {_type(content)}"))
-    for name, why in _UNSERVED_MESSAGE_KEYS.items():
-        if not _is_empty(message.get(name)):
-            problems.append((f"{key}.{name}", why))
-
-
-def _string(columns: Mapping[str, Any], name: str, problems: list[tuple[str, str]]) -> str:
-    value = columns[name]
-    if not isinstance(value, str):
-        problems.append((name, f"must be a string, not {_type(value)}"))
-        return ""
-    if not value.strip():
-        problems.append((name, "is empty: there is nothing to train on"))
-    _check_encodable(value, name, problems)
-    return value
-
-
-def _check_encodable(text: str, key: str, problems: list[tuple[str, str]]) -> None:
-    """JSON can escape half of a surrogate pair, which no tokenizer takes."""
+        return [BadRow(record.file, record.line, "", f"a row is a JSON object, not {type_name(record.value)}")]
+    columns = _renamed(record, source) if source.columns else record.columns
+    if isinstance(columns, BadRow):
+        return [columns]
+    problems = Problems()
+    names = source.columns
+    for name in MEDIA:
+        if name in columns and not is_empty(columns[name]):
+            problems.add(names.get(name, name), NO_MEDIA)
+    form = _form(record, columns, source)
+    if isinstance(form, BadRow):
+        return [problems.bad_row(record.file, record.line) if problems else form]
     try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        at = text[error.start]
-        problems.append((key, f"has a lone surrogate {at!r} at character {error.start}; fix: remove it"))
+        rows = _FORMS[form][0](forms.Fields(record, columns, names, source.tree, problems))
+    except RecursionError:
+        return [BadRow(record.file, record.line, "", "is nested too deeply to be read; fix: leave the row out")]
+    if problems:
+        return [problems.bad_row(record.file, record.line)]
+    return [made for row in rows for made in _for_training(row)] if source.preference == "chosen" else list(rows)
 
 
-def _bad_row(record: Record, problems: list[tuple[str, str]]) -> BadRow:
-    """One BadRow for a row, however much is wrong with it: the first problem leads, the others are named."""
-    (key, reason), others = problems[0], problems[1:]
-    shown = "; ".join(f"{k}: {why.split('; fix:')[0]}" for k, why in others[:3])
-    more = f"; and {len(others) - 3} more" if len(others) > 3 else ""
-    return BadRow(record.file, record.line, key, reason + (f" (also: {shown}{more})" if others else ""))
+def _is_unknown(rows: Sequence[Row | BadRow]) -> bool:
+    return any(isinstance(row, _UnknownForm) for row in rows)
 
 
-def _is_empty(value: Any) -> bool:
-    """Null, or an empty list, object or string: a key that is there and says nothing."""
-    return value is None or (isinstance(value, list | dict | str) and not value)
+def _for_training(row: Row) -> tuple[Row, ...]:
+    """What supervised training takes of a row: of preference the wanted answer."""
+    if row.kind == "preference":
+        return (replace(row, kind="prompt_completion", rejected="", rejected_messages=(), margin=None),)
+    if row.kind == "unpaired_preference":
+        return (replace(row, kind="prompt_completion", label=None),) if row.label else ()
+    return (row,)
 
 
-def _type(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
-    return "null" if value is None else names.get(type(value), type(value).__name__)
+# ---- columns and forms ----------------------------------------------------------------------------------------------
+
+
+def _renamed(record: Record, source: SourceConfig) -> dict[str, Any] | BadRow:
+    """The record's columns by their usual names. Every column that the source names has to be there, null or not."""
+    for usual in source.columns:
+        if usual not in COLUMNS:
+            raise UserError(
+                f"{source.path or record.file}: columns: {usual!r} is no column that means anything"
+                + (_did_you_mean(usual, COLUMNS) or f"; known: {', '.join(COLUMNS)}")
+            )
+    for usual, name in source.columns.items():
+        if name not in record.value:
+            has = printable(", ".join(record.value)) or "none"
+            reason = f"the row has no such column, which the source's columns name for {usual}; it has {has}"
+            return _UnknownForm(record.file, record.line, name, reason + _did_you_mean(name, record.value))
+    taken = {*source.columns, *source.columns.values()}
+    kept = {name: value for name, value in record.columns.items() if name not in taken}
+    named = {usual: record.value[name] for usual, name in source.columns.items()}
+    return kept | {usual: value for usual, value in named.items() if value is not None}
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _form(record: Record, columns: Mapping[str, Any], source: SourceConfig) -> str | BadRow:
+    """The one form that the row is of, or what is wrong."""
+    if source.format == "auto":
+        found = _forms(columns)
+        if len(found) > 1:
+            reason = f"the row is of several forms ({', '.join(found)}); fix: set the source's format to one of them"
+            return BadRow(record.file, record.line, "", reason)
+        if found:
+            return found[0]
+        key, known = "", _KNOWN
+    else:
+        sets = _FORMS[source.format][1]
+        if any(all(name in columns for name in needed) for needed in sets):
+            return source.format
+        missing = min(([name for name in needed if name not in columns] for needed in sets), key=len)
+        key = source.columns.get(missing[0], missing[0])
+        known = " | ".join(" + ".join(needed) for needed in sets)
+    has = printable(", ".join(record.columns)) or "none"
+    return _UnknownForm(
+        record.file, record.line, key, f"the row has no known set of columns: it has {has}; known: {known}"
+    )
+
+
+def _forms(columns: Mapping[str, Any]) -> list[str]:
+    """All forms that the columns speak of; `prompt` only where it is all that is known."""
+    found = []
+    talks = [name for name in ("messages", "conversations") if name in columns]
+    pair = "chosen" in columns and "rejected" in columns
+    if "instruction" in columns and ("output" in columns or "instances" in columns or pair):
+        found.append("alpaca")
+    elif pair or ("chosen_messages" in columns and "rejected_messages" in columns):
+        is_text = "prompt" not in columns and is_hh(columns.get("chosen")) and is_hh(columns.get("rejected"))
+        found.append("hh" if is_text else "preference")
+        if isinstance(columns.get("chosen"), dict) and "prompt" not in columns and len(talks) == 1:
+            talks = []  # what the two answer
+    found += ["sharegpt" if name == "conversations" else name for name in talks]
+    if "text" in columns:
+        found.append("text")
+    if "prompt" in columns:
+        if isinstance(columns["prompt"], dict):
+            found.append("tree")
+        if "completion" in columns:
+            found.append("prompt_completion")
+        if "completions" in columns and "labels" in columns:
+            found.append("stepwise_supervision")
+    if found in (["messages"], ["sharegpt"], ["prompt_completion"]) and "label" in columns:
+        return ["unpaired_preference"]
+    return found or (["prompt"] if "prompt" in columns else [])

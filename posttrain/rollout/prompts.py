@@ -1,18 +1,22 @@
 """Dataset rows to prompts: where a file of questions enters the engine.
 
 A row is a `prompt` (a string, or the messages of a conversation), `messages`, or `input_ids`; other columns are kept
-with it. A conversation is rendered with the template's generation prompt: what training taught the model to answer.
+with it. A conversation is rendered, with the row's `tools` and `chat_template_kwargs`, up to the template's generation
+prompt: what training taught the model to answer.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
 
+from posttrain.config import SourceConfig
 from posttrain.data.files import BadRow, Record, read_records
-from posttrain.data.formats import to_row
+from posttrain.data.formats import to_rows
+from posttrain.data.template import RESERVED_KWARGS
 from posttrain.data.tokenizer import RenderError, Tokenizer
 from posttrain.errors import UserError, UserErrors
 
@@ -20,6 +24,9 @@ PROMPT_COLUMNS = ("prompt", "messages", "input_ids")
 
 RENDERING_COLUMNS = ("tools", "functions", "documents", "chat_template_kwargs")
 """Columns that would change what a conversation is rendered to."""
+
+_SOURCES = {"prompt": SourceConfig(format="prompt"), "messages": SourceConfig(format="messages")}
+"""How `to_rows` reads a conversation in the column of this name."""
 
 MOST_PROBLEMS_SHOWN = 50
 
@@ -57,13 +64,22 @@ def read_prompts(
     return prompts
 
 
-def render_prompt(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-    """A conversation as the model sees it when it is its turn. Raises RenderError where the template refuses it."""
-    left_out = tokenizer.roles_left_out(tuple(message["role"] for message in messages))
-    if left_out:
-        role = messages[left_out[0]]["role"]
-        raise RenderError(f"the chat template leaves out {role} messages, so the model would not see them")
-    return tokenizer.encode(tokenizer.render(messages, add_generation_prompt=True))
+def render_prompt(
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    tools: Sequence[Mapping[str, Any]] = (),
+    template_kwargs: Mapping[str, Any] = MappingProxyType({}),
+) -> list[int]:
+    """A conversation as the model sees it when it is its turn.
+
+    Raises RenderError where the template refuses it, or would leave out a message or the tools.
+    """
+    for at, part in tokenizer.template(tools).left_out(messages, tools, template_kwargs):
+        what = "the tools" if at < 0 else f"{messages[at]['role']} messages ({part})"
+        raise RenderError(f"the chat template leaves out {what}, so the model would not see them")
+    text = tokenizer.render(messages, tools=tools, template_kwargs=template_kwargs, add_generation_prompt=True)
+    return tokenizer.encode(text)
 
 
 def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -131,13 +147,16 @@ def _text_ids(record: Record, text: str, tokenizer: Tokenizer) -> list[int]:
 def _conversation_ids(record: Record, key: str, tokenizer: Tokenizer) -> list[int]:
     columns = record.columns
     relevant = {name: columns[name] for name in RENDERING_COLUMNS if name in columns}
-    row = to_row(Record(record.file, record.line, {"messages": columns[key], **relevant}), "messages")
+    # In columns by their own names, so that what is wrong is told by them too.
+    (row,) = to_rows(Record(record.file, record.line, {key: columns[key], **relevant}), _SOURCES[key])
     if isinstance(row, BadRow):
-        raise _bad(record, row.key.replace("messages", key, 1), row.reason)
+        raise row
+    if reserved := sorted(set(row.template_kwargs) & set(RESERVED_KWARGS)):
+        raise _bad(record, f"chat_template_kwargs.{reserved[0]}", "is set by the rendering; fix: remove it")
     if row.messages[-1]["role"] == "assistant":
         reason = "the conversation ends with the assistant, so it is not its turn; fix: remove the last message"
-        raise _bad(record, f"{key}[{len(row.messages) - 1}].role", reason)
+        raise _bad(record, f"{row.message_key(len(row.messages) - 1)}.role", reason)
     try:
-        return render_prompt(tokenizer, row.messages)
+        return render_prompt(tokenizer, row.messages, tools=row.tools, template_kwargs=row.template_kwargs)
     except RenderError as error:
         raise _bad(record, key, f"{error}; fix: the row, or another chat template") from error

@@ -53,6 +53,36 @@ def test_each_kind_of_row_becomes_its_tokens(tmp_path: Path) -> None:
     assert found[0].columns == {"id": 7, "messages": talk, "label": "x", "chosen": None}
 
 
+def test_tools_and_template_kwargs_are_rendered(tmp_path: Path) -> None:
+    template = tmp_path / "tools.jinja"
+    template.write_text(
+        "{% for tool in tools or [] %}[{{ tool.function.name }}: {{ tool.function.description }}; "
+        "{{ tool.function.parameters | tojson }}]{% endfor %}{{ style }}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = Tokenizer.load(str(FIXTURE), chat_template=str(template))
+    user = {"role": "user", "content": "Hi"}
+    function = {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}
+    path = write(
+        tmp_path / "rows.jsonl",
+        {"messages": [user], "tools": [function], "chat_template_kwargs": {"style": "calm"}},
+        {"prompt": [user], "tools": json.dumps([{"type": "function", "function": function}])},
+        {"prompt": [user], "tools": []},
+    )
+    found = read_prompts(path, tokenizer, vocab_size=TOKENIZER.vocab_size, longest=300)
+    tools, talk = '[add: Adds.; {"type": "object"}]', "<|im_start|>user\nHi<|im_end|><|im_start|>assistant\n"
+    assert [p.ids.tolist() for p in found] == [ids(tools + "calm" + talk), ids(tools + talk), ids(talk)]
+
+
+def test_tools_that_the_template_leaves_out_are_refused(tmp_path: Path) -> None:
+    template = str(FIXTURE / "templates" / "only_user_and_assistant.jinja")
+    tokenizer = Tokenizer.load(str(FIXTURE), chat_template=template)
+    row = {"messages": [{"role": "user", "content": "Hi"}], "tools": [{"name": "add", "parameters": {}}]}
+    with pytest.raises(UserErrors, match=r"rows.jsonl:1: messages: the chat template leaves out the tools"):
+        read_prompts(write(tmp_path / "rows.jsonl", row), tokenizer, vocab_size=TOKENIZER.vocab_size, longest=60)
+
+
 def test_a_text_gets_bos_but_no_eos() -> None:
     tokenizer = Tokenizer.load(str(FIXTURE), chat_template="chatml")
     stop = BACKEND.token_to_id("<|im_end|>")
@@ -79,7 +109,13 @@ def test_every_bad_row_is_told_at_once(tmp_path: Path) -> None:
         ({"prompt": 3}, "prompt: must be a string or a list of messages"),
         ({"prompt": [{"role": "usr", "content": "Hi"}]}, r"prompt\[0\].role: unknown role 'usr'"),
         ({"messages": [{"role": "user"}]}, r"messages\[0\].content: missing"),
-        ({"messages": [user], "tools": [{"name": "f"}]}, "tools: tool schemas are not served yet"),
+        ({"messages": [user], "tools": [{"x": "f"}]}, r"tools\[0\]: has no function name"),
+        ({"prompt": [user], "chat_template_kwargs": 1}, "chat_template_kwargs: must be an object"),
+        (
+            {"prompt": [user], "chat_template_kwargs": {"tools": 1}},
+            "chat_template_kwargs.tools: is set by the rendering",
+        ),
+        ({"prompt": [user], "images": ["a"], "documents": ["x"]}, "documents: are not served as a column"),
         ({"input_ids": []}, "input_ids: has no tokens"),
         ({"input_ids": [1, True]}, "input_ids: must be a list of whole numbers"),
         ({"input_ids": [1, 5000]}, "input_ids: 5000 is outside the vocabulary"),
