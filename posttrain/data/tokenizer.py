@@ -16,22 +16,16 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from etils import epath
 from jaxtyping import Bool, Int32
 
-from posttrain.data.tokenizer_files import import_transformers, load_files, read_template, set_eos
+from posttrain.data.builtin_templates import no_template_message
+from posttrain.data.template import RESERVED_KWARGS, ChatTemplate, Message, RenderError
+from posttrain.data.tokenizer_files import add_tokens, load_files, read_template, set_eos
 from posttrain.errors import UserError
 
-_TEMPLATE_FAILURES = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
-"""What a template's own expressions can raise: `raise_exception`, `1 + 'a'`, `messages[9]`, ..."""
-
 Offsets = tuple[Int32[np.ndarray, "n"], Int32[np.ndarray, "n 2"]]
-
-
-class RenderError(UserError):
-    """The chat template refuses or fails on a conversation."""
 
 
 class Tokenizer:
@@ -41,7 +35,16 @@ class Tokenizer:
     that every rendering by one tokenizer agrees; a run that is resumed on another day passes the first day's again.
     """
 
-    def __init__(self, hf: Any, *, source: str, generation_stop_ids: Iterable[int] = (), clock: datetime | None = None):
+    def __init__(
+        self,
+        hf: Any,
+        *,
+        source: str,
+        generation_stop_ids: Iterable[int] = (),
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        new_tokens: Mapping[str, int] | None = None,
+        clock: datetime | None = None,
+    ):
         self._hf = hf
         self._backend = hf.backend_tokenizer
         self._backend.no_truncation()
@@ -50,11 +53,15 @@ class Tokenizer:
         self._generation_stop_ids = tuple(generation_stop_ids)
         self._clock_is_pinned = clock is not None
         self.source = source
+        self.new_tokens = dict(new_tokens or {})
+        """The tokens that were added to the vocabulary as it was loaded, with their ids: its highest."""
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        """Variables that the chat template sees in every conversation."""
+        if reserved := sorted(set(self.chat_template_kwargs) & set(RESERVED_KWARGS)):
+            raise UserError(f"tokenizer.chat_template_kwargs: {reserved[0]} is set by the rendering itself; remove it")
         self.clock = clock or datetime.now()
         self.encode_cached = lru_cache(maxsize=4096)(lambda text: tuple(self.encode(text)))
         """`encode` as a tuple, remembered: for the few texts, such as a turn's header, that come back in every row."""
-        self.roles_left_out = lru_cache(maxsize=4096)(self._roles_left_out)
-        """Indices of the messages that the template silently leaves out of conversations with these roles."""
 
     @classmethod
     def load(
@@ -63,20 +70,31 @@ class Tokenizer:
         *,
         revision: str | None = None,
         chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        add_special_tokens: Sequence[str] = (),
         eos_token: str | None = None,
         clock: datetime | None = None,
     ) -> "Tokenizer":
         """Read a tokenizer from a model directory (any path epath opens) or a hub id.
 
+        `add_special_tokens` makes these special tokens, with new ids where the vocabulary lacks them (`new_tokens`).
         `chat_template` replaces the tokenizer's own: a built-in name or the path of a Jinja file. `eos_token` replaces
         the end token. Code from the hub is never run. Raises UserError.
         """
         hf, generation_stop_ids = load_files(path, revision)
+        new_tokens = add_tokens(hf, add_special_tokens, path)
         if eos_token is not None:
             set_eos(hf, eos_token, path)
         if chat_template is not None:
-            hf.chat_template = read_template(chat_template, hf)
-        return cls(hf, source=path, generation_stop_ids=generation_stop_ids, clock=clock)
+            hf.chat_template = read_template(chat_template, hf, path, add_special_tokens)
+        return cls(
+            hf,
+            source=path,
+            generation_stop_ids=generation_stop_ids,
+            chat_template_kwargs=chat_template_kwargs,
+            new_tokens=new_tokens,
+            clock=clock,
+        )
 
     # ---- identity -----------------------------------------------------------------------------------------------
 
@@ -174,7 +192,8 @@ class Tokenizer:
         parts = {
             "tokenizer": self._backend.to_str(),
             "split_special_tokens": self._backend.encode_special_tokens,
-            "template": self.chat_template,
+            "template": self._hf.chat_template,
+            "template_kwargs": self.chat_template_kwargs,
             "special_tokens": self._hf.special_tokens_map,
             "clock": self.clock.isoformat() if self._clock_is_pinned else None,
         }
@@ -183,17 +202,27 @@ class Tokenizer:
     # ---- text and ids -------------------------------------------------------------------------------------------
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
-        """Token ids; `add_special_tokens` adds what the tokenizer puts around a plain text, such as BOS."""
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        """Token ids; `add_special_tokens` adds what the tokenizer puts around a plain text, such as BOS, but no BOS to
+        a text that begins with it."""
+        ids = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids[1:] if add_special_tokens and self._has_two_bos(ids) else ids
 
     def encode_with_offsets(self, texts: Sequence[str], *, add_special_tokens: bool = False) -> list[Offsets]:
-        """For each text its ids, int32 [n], and each token's character span [start, end) in the text, int32 [n, 2].
+        """For each text its ids as of `encode`, int32 [n], and each token's character span [start, end) in the text,
+        int32 [n, 2].
 
         Tokens that share one character have its span each; a token that is in no text (BOS of the post-processor) has
         (0, 0); some tokenizers leave a token's leading space out of its span.
         """
-        encodings = self._backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)
-        return [(np.array(e.ids, np.int32), np.array(e.offsets, np.int32).reshape(-1, 2)) for e in encodings]
+        found = []
+        for encoding in self._backend.encode_batch(list(texts), add_special_tokens=add_special_tokens):
+            first = int(add_special_tokens and self._has_two_bos(encoding.ids))
+            ids, offsets = np.array(encoding.ids, np.int32), np.array(encoding.offsets, np.int32).reshape(-1, 2)
+            found.append((ids[first:], offsets[first:]))
+        return found
+
+    def _has_two_bos(self, ids: Sequence[int]) -> bool:
+        return self.bos_id is not None and list(ids[:2]) == [self.bos_id, self.bos_id]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """The text of token ids, spaces as they are."""
@@ -201,53 +230,42 @@ class Tokenizer:
 
     # ---- conversations ------------------------------------------------------------------------------------------
 
-    @cached_property
-    def _template(self) -> jinja2.Template:
+    def template(self, tools: Sequence[Mapping[str, Any]] = ()) -> ChatTemplate:
+        """The chat template: of several that for tool use, where there are tools. Raises UserError without one."""
         if self.chat_template is None:
-            raise UserError(
-                f"{self.source}: the tokenizer has no chat template, which conversations need; "
-                f'fix: set tokenizer.chat_template to a .jinja file or to a built-in name ("chatml")'
-            )
-        import_transformers()
-        from transformers.utils.chat_template_utils import _compile_jinja_template
-
-        try:
-            return _compile_jinja_template(self.chat_template)
-        except jinja2.TemplateSyntaxError as error:
-            raise UserError(
-                f"{self.source}: the chat template's line {error.lineno} is not valid Jinja: {error.message}"
-            ) from error
+            raise UserError(no_template_message(self.added_tokens, self.source))
+        return self._templates["tool_use" if tools and "tool_use" in self._templates else "default"]
 
     @cached_property
-    def _template_variables(self) -> dict[str, Any]:
-        def strftime_now(format: str) -> str:
-            return self.clock.strftime(format)
-
-        return {**self._hf.special_tokens_map, "tools": None, "documents": None, "strftime_now": strftime_now}
+    def _templates(self) -> dict[str, ChatTemplate]:
+        sources = self._hf.chat_template
+        return {
+            name: ChatTemplate(
+                source,
+                origin=self.source,
+                special_tokens=self._hf.special_tokens_map,
+                kwargs=self.chat_template_kwargs,
+                clock=self.clock,
+            )
+            for name, source in (sources if isinstance(sources, dict) else {"default": sources}).items()
+        }
 
     def render(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False, **template_kwargs: Any
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        template_kwargs: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = False,
     ) -> str:
         """The conversation as text, equal to `apply_chat_template(messages, tokenize=False)` but for the clock.
 
-        Messages are plain JSON values. Runs in the sandbox that `transformers` compiles templates for;
-        `{% generation %}` marks render as their content. Raises RenderError where the template refuses or fails.
+        Messages and tools are plain JSON values; `template_kwargs` win over the tokenizer's own. `{% generation %}`
+        marks render as their content. Raises RenderError where the template refuses or fails.
         """
-        chat = [{key: value for key, value in m.items() if value is not None} for m in messages]
-        template, variables = self._template, {**self._template_variables, **template_kwargs}
-        try:
-            return template.render(messages=chat, add_generation_prompt=add_generation_prompt, **variables)
-        except _TEMPLATE_FAILURES as error:
-            raise RenderError(f"the chat template refuses it: {error}") from error
-
-    def _roles_left_out(self, roles: tuple[str, ...]) -> tuple[int, ...]:
-        # Words that no template trims, escapes or parses; none is part of another.
-        words = [f"message{i}probe" for i in range(len(roles))]
-        try:
-            text = self.render([{"role": role, "content": word} for role, word in zip(roles, words, strict=True)])
-        except RenderError:
-            return ()  # the conversation's own rendering speaks for itself
-        return tuple(i for i, word in enumerate(words) if word not in text)
+        return self.template(tools).render(
+            messages, tools=tools, template_kwargs=template_kwargs, add_generation_prompt=add_generation_prompt
+        )
 
     def stop_at_end(self, text: str, start: int = 0) -> tuple[int, int] | None:
         """The stop token that closes `text`, a conversation that ends with an assistant turn: (its position, its id).

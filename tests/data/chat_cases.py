@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import AutoTokenizer
 
-from posttrain.data.chat import LossOn, Sample, encode_rows
+from posttrain.data.chat import Sample, encode_rows
 from posttrain.data.files import BadRow
-from posttrain.data.formats import Row
+from posttrain.data.rows import Row
 from posttrain.data.tokenizer import Tokenizer
 
 FIXTURE = Path(__file__).parent.parent / "fixtures" / "chat"
@@ -26,22 +27,52 @@ def load(template: str | None, **options: Any) -> Tokenizer:
     return Tokenizer.load(str(FIXTURE), chat_template=path, **options)
 
 
-def chat(*messages: dict[str, str], prompt: int | None = None) -> Row:
+def with_template(source: str) -> Tokenizer:
+    """The fixture's tokenizer with a template of its own."""
+    hf = AutoTokenizer.from_pretrained(FIXTURE)
+    hf.chat_template = source
+    return Tokenizer(hf, source="fixture")
+
+
+def fed(row: Row, index: int, tokenizer: Tokenizer, **kwargs: Any) -> list[int]:
+    """What `transformers` feeds the model before it produces message `index`."""
+    return tokenizer._hf.apply_chat_template(
+        list(row.messages[:index]),
+        tools=list(row.tools) or None,
+        add_generation_prompt=True,
+        return_dict=False,
+        **{**row.template_kwargs, **kwargs},
+    )
+
+
+def chat(*messages: dict[str, Any], prompt: int | None = None) -> Row:
     kind = "messages" if prompt is None else "prompt_completion"
     return Row("chats.jsonl", 17, kind, messages=messages, prompt_length=prompt or 0)
 
 
-def encode(row: Row, tokenizer: Tokenizer, loss_on: LossOn = "assistant") -> Sample:
-    (sample,) = encode_rows([row], tokenizer, loss_on)
-    assert isinstance(sample, Sample), str(sample)
+def encode(row: Row, tokenizer: Tokenizer, loss_on: str = "assistant") -> Sample:
+    samples = encode_all(row, tokenizer, loss_on)
+    assert len(samples) == 1, samples
+    return samples[0]
+
+
+def encode_all(row: Row, tokenizer: Tokenizer, *loss_on: str) -> tuple[Sample, ...]:
+    """All the samples of a row."""
+    (samples,) = encode_rows([row], tokenizer, loss_on or ("assistant",))
+    assert isinstance(samples, tuple), str(samples)
+    for sample in samples:
+        check_sample(row, sample)
+    return samples
+
+
+def check_sample(row: Row, sample: Sample) -> None:
     assert (sample.file, sample.line) == (row.file, row.line)
     assert sample.tokens.dtype == np.int32 and sample.loss_weights.dtype == np.float32
     assert sample.tokens.shape == sample.loss_weights.shape and sample.loss_weights[0] == 0
-    return sample
 
 
-def refused(row: Row, tokenizer: Tokenizer, loss_on: LossOn = "assistant") -> BadRow:
-    (bad,) = encode_rows([row], tokenizer, loss_on)
+def refused(row: Row, tokenizer: Tokenizer, loss_on: str = "assistant") -> BadRow:
+    (bad,) = encode_rows([row], tokenizer, (loss_on,))
     assert isinstance(bad, BadRow), bad
     assert (bad.file, bad.line) == (row.file, row.line)
     return bad

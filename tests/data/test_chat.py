@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from posttrain.data.chat import LossOn, Sample, encode_rows
+from posttrain.data.chat import encode_rows
 from posttrain.data.files import BadRow
-from posttrain.data.formats import Row
+from posttrain.data.rows import Row
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.errors import UserError
 from tests.data.chat_cases import (
@@ -23,7 +23,6 @@ from tests.data.chat_cases import (
     FIXTURE,
     LONG,
     SYSTEM,
-    TEMPLATES,
     USER,
     USER_2,
     chat,
@@ -142,7 +141,7 @@ def test_two_answers_in_a_row_are_two_turns(chatml: Tokenizer) -> None:
         ("completion", 2, ["<|im_start|>user\nU2<|im_end|>\n<|im_start|>assistant\nA2"]),
     ],
 )
-def test_loss_on(chatml: Tokenizer, loss_on: LossOn, prompt: int | None, expected: list[str]) -> None:
+def test_loss_on(chatml: Tokenizer, loss_on: str, prompt: int | None, expected: list[str]) -> None:
     names = {"A1": ANSWER["content"] + "<|im_end|>", "A2": ANSWER_2["content"] + "<|im_end|>", "U2": USER_2["content"]}
     texts = [re.sub("A1|A2|U2", lambda m: names[m[0]], text) for text in expected]
     assert trained(encode(chat(*LONG, prompt=prompt), chatml, loss_on), chatml) == texts
@@ -169,7 +168,7 @@ def test_completion_needs_a_prompt(chatml: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("loss_on", ["assistant", "completion", "last_assistant", "all"])
-def test_text_rows(chatml: Tokenizer, loss_on: LossOn) -> None:
+def test_text_rows(chatml: Tokenizer, loss_on: str) -> None:
     for text in ("Paris is the capital.", "Paris.<|im_end|>"):
         sample = encode(Row("t.jsonl", 3, "text", text=text), chatml, loss_on)
         expected = "<s>" + text.removesuffix("<|im_end|>") + "<|im_end|>"
@@ -217,76 +216,7 @@ def test_an_empty_prompt_trains_all_but_the_first_token(chatml: Tokenizer) -> No
 def test_plain_text_needs_an_end_token(tmp_path: Path) -> None:
     hf = PreTrainedTokenizerFast(tokenizer_file=str(FIXTURE / "tokenizer.json"))
     with pytest.raises(UserError, match=r"t\.jsonl:3: .*has none; fix: set tokenizer\.eos_token"):
-        encode_rows([Row("t.jsonl", 3, "text", text="a")], Tokenizer(hf, source="model"), "assistant")
-
-
-# ---- what templates do ----------------------------------------------------------------------------------------------
-
-
-def test_thoughts_stripped_from_history() -> None:
-    tokenizer = load("strips_thinking")
-    single = encode(chat(SYSTEM, USER, ANSWER), tokenizer)
-    assert trained(single, tokenizer) == ["<think>\n\n</think>\n\n" + ANSWER["content"] + "<|im_end|>"]
-    bad = refused(chat(*LONG), tokenizer)
-    assert bad.key == "messages[1]" and "renders this turn differently once later messages follow" in bad.reason
-    assert "'<think>" in bad.reason and "fix: one assistant turn a row, or data.loss_on last_assistant" in bad.reason
-    last = encode(chat(*LONG), tokenizer, "last_assistant")
-    assert trained(last, tokenizer) == ["<think>\n\n</think>\n\n" + ANSWER_2["content"] + "<|im_end|>"]
-    assert trained(encode(chat(*LONG, prompt=3), tokenizer), tokenizer) == trained(last, tokenizer)
-
-
-def test_a_generation_prompt_that_the_answer_does_not_continue() -> None:
-    tokenizer = load("opens_thinking")
-    bad = refused(chat(USER, ANSWER), tokenizer)
-    assert bad.key == "messages[1]" and "does not begin as the chat template's generation prompt does" in bad.reason
-    assert "'<think>\\n' against 'A small model" in bad.reason
-    bad = refused(chat(USER, ANSWER, prompt=1), tokenizer, "completion")
-    assert bad.key == "completion" and "does not continue the rendered prompt" in bad.reason
-    thinking = {"role": "assistant", "content": "<think>\nHm.</think>Paris"}
-    assert trained(encode(chat(USER, thinking), tokenizer), tokenizer) == ["Hm.</think>Paris<|im_end|>"]
-
-
-@pytest.mark.parametrize("content", ["Paris", "Paris</think>", "Paris<|eot|>"])
-def test_a_template_without_a_stop_token(content: str) -> None:
-    bad = refused(chat(USER, {"role": "assistant", "content": content}), load("no_stop"))
-    assert bad.key == "messages[1]" and "does not end the assistant's turn with a special token" in bad.reason
-    assert repr(content + "\n")[1:] in bad.reason
-
-
-def test_several_tokens_close_a_turn(tmp_path: Path) -> None:
-    """The first that ends a generation is where the turn ends."""
-    tokenizer = load("two_stops")
-    assert trained(encode(chat(USER, ANSWER), tokenizer), tokenizer) == [ANSWER["content"] + "<|end|>\n<|im_end|>"]
-    assert "differently once later messages follow" in refused(chat(*LONG), tokenizer).reason
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / name).write_bytes((FIXTURE / name).read_bytes())
-    stops = [tokenizer.eos_id, *tokenizer.encode("<|end|>")]
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
-    tokenizer = Tokenizer.load(str(tmp_path), chat_template=str(TEMPLATES / "two_stops.jinja"))
-    expected = [m["content"] + "<|end|>" for m in (ANSWER, ANSWER_2)]
-    assert trained(encode(chat(*LONG), tokenizer), tokenizer) == expected
-
-
-def test_what_a_template_raises_is_the_reason() -> None:
-    bad = refused(chat(USER, USER_2, ANSWER), load("alternates"))
-    assert bad.key == "" and "Conversation roles must alternate user/assistant/user/assistant/..." in bad.reason
-    assert "Only user and assistant roles" in refused(chat(SYSTEM, USER, ANSWER), load("instructions")).reason
-
-
-def test_a_template_that_leaves_messages_out() -> None:
-    tokenizer = load("only_user_and_assistant")
-    for role in ("system", "developer", "tool"):
-        # The content stands elsewhere in the conversation too: the role decides, not the text.
-        row = chat(USER, {"role": role, "content": "model"}, ANSWER)
-        bad = refused(row, tokenizer)
-        assert bad.key == "messages[1].role" and f"leaves this message out (role '{role}')" in bad.reason
-    assert refused(chat(USER, SYSTEM, ANSWER, prompt=1), tokenizer).key == "completion[0].role"
-    encode(chat(*LONG), tokenizer)
-
-
-def test_no_template_at_all() -> None:
-    with pytest.raises(UserError, match="no chat template"):
-        encode_rows([chat(*LONG)], load(None), "assistant")
+        encode_rows([Row("t.jsonl", 3, "text", text="a")], Tokenizer(hf, source="model"))
 
 
 # ---- rows that cannot be trained on exactly -------------------------------------------------------------------------
@@ -315,7 +245,7 @@ def test_no_template_at_all() -> None:
         ),
     ],
 )
-def test_refused_rows(chatml: Tokenizer, row: Row, loss_on: LossOn, key: str, reason: str) -> None:
+def test_refused_rows(chatml: Tokenizer, row: Row, loss_on: str, key: str, reason: str) -> None:
     bad = refused(row, chatml, loss_on)
     assert bad.key == key and reason in bad.reason
 
@@ -333,11 +263,11 @@ def test_untrained_turns_need_not_be_right(chatml: Tokenizer) -> None:
 
 def test_good_and_bad_rows_keep_their_order(chatml: Tokenizer) -> None:
     rows = [chat(*LONG), chat(USER), Row("t", 1, "text", text="Paris"), plain("a", " b"), chat(SYSTEM, USER, ANSWER)]
-    together = encode_rows(rows * 500, chatml, "assistant")
-    assert len(together) == 2500 and encode_rows([], chatml, "assistant") == []
+    together = encode_rows(rows * 500, chatml)
+    assert len(together) == 2500 and encode_rows([], chatml) == []
     for i, result in enumerate(together):
-        (alone,) = encode_rows([rows[i % 5]], chatml, "assistant") if i < 5 else (together[i % 5],)
-        assert type(result) is type(alone) is (BadRow if i % 5 == 1 else Sample)
-        if isinstance(result, Sample) and isinstance(alone, Sample):
-            np.testing.assert_array_equal(result.tokens, alone.tokens)
-            np.testing.assert_array_equal(result.loss_weights, alone.loss_weights)
+        (alone,) = encode_rows([rows[i % 5]], chatml) if i < 5 else (together[i % 5],)
+        assert type(result) is type(alone) is (BadRow if i % 5 == 1 else tuple)
+        if isinstance(result, tuple) and isinstance(alone, tuple):
+            np.testing.assert_array_equal(result[0].tokens, alone[0].tokens)
+            np.testing.assert_array_equal(result[0].loss_weights, alone[0].loss_weights)

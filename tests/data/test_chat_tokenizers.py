@@ -8,7 +8,8 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from posttrain.data.chat import Sample, encode_rows
+from posttrain.data.chat import encode_rows
+from posttrain.data.files import BadRow
 from posttrain.data.tokenizer import Tokenizer
 from tests.data.chat_cases import FIXTURE, chat, check_law, encode, load, plain, trained
 
@@ -98,11 +99,12 @@ def test_random_conversations_are_exact_or_refused(tmp_path: Path, kind: str, te
 
     rows = [chat(*(message(role) for role in ("user", "assistant") * random_.randint(1, 3))) for _ in range(150)]
     accepted = 0
-    for row, result in zip(rows, encode_rows(rows, tokenizer, "assistant"), strict=True):
+    for row, result in zip(rows, encode_rows(rows, tokenizer), strict=True):
         turns = [i for i, m in enumerate(row.messages) if m["role"] == "assistant"]
-        if isinstance(result, Sample):
+        if not isinstance(result, BadRow):
             accepted += 1
-            check_law(row, result, hf, turns)
+            (sample,) = result
+            check_law(row, sample, hf, turns)
             continue
         if result.reason.startswith("is empty"):
             continue

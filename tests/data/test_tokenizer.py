@@ -99,7 +99,7 @@ def test_rendering_drops_null_and_passes_arguments(tmp_path: Path) -> None:
     (tmp_path / "t.jinja").write_text(template)
     tokenizer = Tokenizer.load(str(FIXTURE), chat_template=str(tmp_path / "t.jinja"))
     message = {"role": "user", "content": "<é>", "name": None}
-    assert tokenizer.render([message], mood="calm") == '{"role": "user", "content": "<é>"}calmTrue'
+    assert tokenizer.render([message], template_kwargs={"mood": "calm"}) == '{"role": "user", "content": "<é>"}calmTrue'
 
 
 def test_the_clock_stands_still_and_counts_only_where_given() -> None:
@@ -261,7 +261,7 @@ def test_a_remote_directory_is_read(model_dir: Path, monkeypatch: pytest.MonkeyP
         ({"path": "gz://bucket/model"}, "gz://bucket/model: cannot be read"),
         ({"chat_template": "gz://bucket/t.jinja"}, "neither a readable file nor a built-in template"),
         ({"chat_template": "{{ messages }}"}, "neither a readable file nor a built-in template"),
-        ({"chat_template": "chatlm"}, r"'chatlm' is neither a readable file nor a built-in template \(chatml\)"),
+        ({"chat_template": "chatlm"}, r"'chatlm' is neither a readable file nor a built-in template \(chatml, "),
         ({"eos_token": "<|im_stop|>"}, r"'<\|im_stop\|>' is no token.*near: .*<\|im_start\|>"),
     ],
 )
@@ -290,7 +290,7 @@ def test_careless_directories(model_dir: Path) -> None:
     content["added_tokens"] = [t for t in content["added_tokens"] if not t["content"].startswith("<|im_")]
     (model_dir / "tokenizer.json").write_text(json.dumps(content))
     (model_dir / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    refused("'chatml' writes .*which this tokenizer does not have", chat_template="chatml")
+    refused("'chatml' writes .*which .* does not have as special tokens", chat_template="chatml")
 
 
 def test_an_unknown_hub_id_offline() -> None:
