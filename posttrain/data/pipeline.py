@@ -4,11 +4,12 @@ The last step of the data path. `PackedDataset` is random access over steps: ste
 are read, whoever reads them, so processes read only their own rows and a resumed run needs no state but the step.
 """
 
+import hashlib
 import logging
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,10 +17,13 @@ import grain
 import numpy as np
 from jaxtyping import Int
 
-from posttrain.config import DataConfig, SourceConfig
+from posttrain.config import DataConfig
+from posttrain.data.mixture import Mixture, epoch_counts, epoch_use
 from posttrain.data.packing import Plan, plan_rows
-from posttrain.data.samples import SampleTable, SourceStats, check_kept, sample_table, split_heldout
+from posttrain.data.samples import SampleTable, count_by_source, sample_table
 from posttrain.data.sources import tokenize_sources
+from posttrain.data.split import Overlap, find_overlap, split_heldout
+from posttrain.data.stats import SourceStats, check_kept, log_epoch_use, log_source
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.errors import UserError, UserErrors
 from posttrain.records import Batch
@@ -59,6 +63,7 @@ class PackedDataset:
 
     Every epoch has its own plan, a function of (`seed`, epoch), and ends with its last step: rows missing there are
     empty (segment 0, weight 0). With `max_steps` epochs follow each other until that step, planned as they are reached.
+    An epoch is every sample once, or what a `mixture` draws for it.
     """
 
     def __init__(
@@ -73,6 +78,7 @@ class PackedDataset:
         shuffle: bool = True,
         packing: bool = True,
         max_segments: int | None = None,
+        mixture: Mixture | None = None,
     ):
         if len(table) == 0:
             raise ValueError("a data set needs at least one sample")
@@ -83,6 +89,7 @@ class PackedDataset:
             plan_rows, table.lengths, row_length, seed=seed, packing=packing, shuffle=shuffle, max_segments=max_segments
         )
         self._shuffle = shuffle
+        self._mixture = mixture
         self._lock = threading.Lock()  # the loader's thread and the loop both plan
         self._plans: dict[int, Plan] = {}
         self._ends: list[int] = []
@@ -90,6 +97,9 @@ class PackedDataset:
         first = self._plan(0)
         self.num_rows = first.num_rows
         """Rows of the first epoch, without those that fill its last batch."""
+        self.num_samples = len(first.sample_ids)
+        """Segments in these rows; the same in every epoch."""
+        self.num_tokens = first.num_tokens
         self.efficiency = first.efficiency
         """Tokens per place in these rows, 0 to 1."""
         while max_steps is None and len(self._ends) < epochs:
@@ -113,19 +123,21 @@ class PackedDataset:
     def read(self, step: int, rows: Int[np.ndarray, "rows"]) -> Batch:
         """The given rows of one step's global batch: `[len(rows), row_length]` numpy arrays."""
         return assemble(
-            [[self._sample(int(sample)) for sample in self._samples(step, int(row))] for row in rows], self.row_length
+            [[self.table.segment(int(sample)) for sample in self._samples(step, int(row))] for row in rows],
+            self.row_length,
         )
-
-    def _sample(self, sample: int) -> PackedSegment:
-        cache = self.table.caches[self.table.source[sample]]
-        start = int(self.table.starts[sample])
-        place = slice(start, start + int(self.table.lengths[sample]))
-        return cache.tokens[place], cache.loss_weights[place]
 
     def segment_lengths(self, step: int) -> Int[np.ndarray, "segments"]:
         """Tokens of every segment in a step's global batch."""
         rows = [self._samples(step, row) for row in range(self.global_batch_size)]
         return self.table.lengths[np.concatenate(rows)]
+
+    def plan(self, epoch: int) -> Plan:
+        """The rows of an epoch that the run reaches."""
+        with self._lock:
+            while epoch >= len(self._ends):
+                self._plan(len(self._ends))
+            return self._plan(epoch)
 
     def describe(self, step: int, row: int) -> list[str]:
         """`file:line` of every segment of a row."""
@@ -185,8 +197,10 @@ class PackedDataset:
 
     def _plan(self, epoch: int) -> Plan:
         """The plan of an epoch, at most the one after those that are known; the last few used are held."""
-        key = epoch if self._shuffle else 0  # without a shuffle all epochs are alike
-        plan = self._plans.pop(key, None) or self._plan_epoch(epoch=key)
+        key = epoch if self._shuffle or self._mixture else 0  # otherwise all epochs are alike
+        plan = self._plans.pop(key, None) or self._plan_epoch(
+            epoch=key, order=self._mixture.order(key) if self._mixture else None
+        )
         self._plans[key] = plan
         while len(self._plans) > _PLANS_HELD:
             del self._plans[next(iter(self._plans))]
@@ -194,6 +208,16 @@ class PackedDataset:
             steps = -(-plan.num_rows // self.global_batch_size)
             self._ends.append(steps + (self._ends[-1] if self._ends else 0))
         return plan
+
+
+def plan_fingerprint(dataset: PackedDataset) -> str:
+    """Equal where two processes, or two runs, have planned the same rows of the same samples (about 0.1 s of 10 M)."""
+    plan = dataset.plan(0)
+    digest = hashlib.blake2b(digest_size=8)
+    digest.update(repr((dataset.num_steps, dataset.table.bounds, dataset.table.keep_end)).encode())
+    for array in (dataset.table.index, plan.sample_ids, plan.row_offsets, plan.row_tokens):
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
 
 
 # ---- from the config ------------------------------------------------------------------------------------------------
@@ -206,13 +230,16 @@ class Datasets:
     train: PackedDataset
     heldout: PackedDataset | None
     stats: tuple[SourceStats, ...]
-    """Of each training file, then of the held-out file."""
+    """Of each training source, then of the held-out file."""
+    overlap: Overlap | None
+    """Of held-out and training samples."""
 
     @property
     def fingerprint(self) -> str:
         """Equal for equal samples; with the config, fixes every row of every step."""
         tables = [self.train.table] + ([self.heldout.table] if self.heldout else [])
-        return "-".join(f"{cache.checksum:08x}" for table in tables for cache in table.caches)
+        checksums = " ".join(f"{cache.checksum:08x}" for table in tables for cache in table.caches)
+        return hashlib.blake2b(checksums.encode(), digest_size=8).hexdigest()
 
 
 def build_datasets(
@@ -222,9 +249,10 @@ def build_datasets(
     global_batch_size: int,
     max_steps: int | None,
     seed: int,
-    rejects_dir: str | Path,
+    rejects_dir: str | Path | None,
     heldout_batch_size: int | None = None,
     barrier: Callable[[str], None] = lambda name: None,
+    gather: Callable[[str], Sequence[str]] = lambda text: [text],
     is_main: bool = True,
 ) -> Datasets:
     """Tokenizes what is not yet tokenized and plans the run.
@@ -236,80 +264,90 @@ def build_datasets(
       heldout_batch_size: rows per held-out batch, by default the same; nothing but the number of empty rows in the last
         one depends on it.
       max_steps: steps of the run; None for `data.epochs` epochs.
-      seed: chooses the held-out samples and the order of the others.
-      rejects_dir: gets `rejects.jsonl` when bad rows are skipped.
+      seed: chooses the held-out samples, those under a limit, and the order of the others.
+      rejects_dir: gets `rejects.jsonl` when bad rows are skipped; None: nothing does.
       barrier: waits for all processes; called with a name.
+      gather: gives every process the texts of all, by process number; called once, with what tells plans apart.
       is_main: whether this process tokenizes first, shows progress and warns.
 
     Raises:
-      UserError: what is wrong with the config's section or with the data, as far as possible all at once.
+      UserError: what is wrong with the data, as far as possible all at once; or the processes have planned different
+        rows.
     """
-    _check_config(data)
     sources = {f"data.train.{index}": source for index, source in enumerate(data.train)}
-    if data.heldout.path is not None:
-        sources["data.heldout"] = SourceConfig(path=data.heldout.path)
-    caches = tokenize_sources(sources, tokenizer, data, rejects_dir=rejects_dir, is_main=is_main, barrier=barrier)
-    tabulate = partial(sample_table, max_length=data.max_length, truncation=data.truncation)
-    table, stats = tabulate(caches[: len(data.train)])
-    check_kept("data.train", stats)
-    if data.heldout.path is not None:
-        heldout, heldout_stats = tabulate(caches[len(data.train) :])
-        check_kept("data.heldout.path", heldout_stats)
-        stats += heldout_stats
+    heldout_sources = {} if data.heldout.path is None else {"data.heldout": data.heldout.as_source()}
+    caches = tokenize_sources(
+        sources | heldout_sources, tokenizer, data, rejects_dir=rejects_dir, is_main=is_main, barrier=barrier
+    )
+    tabulate = partial(sample_table, max_length=data.max_length, truncation=data.truncation, seed=seed)
+    table, stats = tabulate({key: caches[key] for key in sources}, sources, drop_duplicates=data.drop_duplicates)
+    check_kept(stats)
+    if heldout_sources:
+        heldout, heldout_stats = tabulate({key: caches[key] for key in heldout_sources}, heldout_sources)
+        check_kept(heldout_stats)
     else:
-        train_indices, heldout_indices = split_heldout(table, data.heldout.fraction, seed=seed)
-        table, heldout = table.take(train_indices), table.take(heldout_indices)
-        if len(heldout) > len(table):
-            raise UserError(f"data.heldout.fraction={data.heldout.fraction} holds out more than is left; at most 0.5")
-    dataset = partial(
-        PackedDataset,
-        row_length=data.row_length,
-        seed=seed,
-        packing=data.packing,
+        table, heldout, stats = _split(table, stats, data.heldout.fraction, seed)
+        heldout_stats = ()
+    bounds = table.source_bounds
+    sizes = np.diff(bounds).tolist()
+    mixture = Mixture(sizes, epoch_counts(sizes, data.train), seed=seed)
+    stats = tuple(replace(of, epoch=use) for of, use in zip(stats, epoch_use(table, mixture), strict=True))
+    dataset = partial(PackedDataset, row_length=data.row_length, seed=seed, packing=data.packing)
+    train = dataset(
+        table, global_batch_size=global_batch_size, epochs=data.epochs, max_steps=max_steps, mixture=mixture
     )
-    datasets = Datasets(
-        train=dataset(table, global_batch_size=global_batch_size, epochs=data.epochs, max_steps=max_steps),
-        heldout=dataset(heldout, global_batch_size=heldout_batch_size or global_batch_size, shuffle=False)
-        if len(heldout)
-        else None,
-        stats=stats,
-    )
+    measured = overlap = None
+    if len(heldout):
+        measured = dataset(heldout, global_batch_size=heldout_batch_size or global_batch_size, shuffle=False)
+        overlap = find_overlap(table, heldout)
+    datasets = Datasets(train, measured, stats + heldout_stats, overlap)
+    _check_agreement(gather(f"{datasets.fingerprint} {plan_fingerprint(train)}"))
     if is_main:
         _log_datasets(datasets)
     return datasets
 
 
-def _check_config(data: DataConfig) -> None:
-    problems = [
-        f"data.train.{index}.weight={source.weight}: mixtures by weight are not served yet; leave it at 1.0"
-        for index, source in enumerate(data.train)
-        if source.weight != 1.0
-    ]
-    if not data.train:
-        problems.append("data.train: names no file; give at least one path")
-    if data.max_length > data.row_length:
-        problems.append(
-            f"data.max_length={data.max_length} is more than data.row_length={data.row_length}, and a sample must fit "
-            "in a row; lower the one or raise the other"
+def _split(
+    table: SampleTable, stats: tuple[SourceStats, ...], fraction: float, seed: int
+) -> tuple[SampleTable, SampleTable, tuple[SourceStats, ...]]:
+    """Training samples, held-out samples, and the stats with how many of each source are held out."""
+    marked = split_heldout(table, fraction, seed=seed)
+    counts = count_by_source(table, marked)
+    if 2 * sum(counts) > len(table):
+        raise UserError(
+            f"data.heldout.fraction={fraction} holds out {sum(counts)} of {len(table)} samples, more than is left; at "
+            "most 0.5, and samples that are exactly alike, or of one row, stay together"
         )
-    if problems:
-        raise UserErrors(problems)
+    used_up = [
+        f"{of.key}: all its {count} samples are held out; give data.heldout.path, or data.heldout.fraction 0"
+        for of, count in zip(stats, counts, strict=True)
+        if count == of.samples
+    ]
+    if used_up:
+        raise UserErrors(used_up)
+    stats = tuple(replace(of, heldout=count) for of, count in zip(stats, counts, strict=True))
+    return table.take(~marked), table.take(marked), stats
+
+
+def _check_agreement(texts: Sequence[str]) -> None:
+    """Raises `UserError` when not all processes have the same samples and the same plan."""
+    samples, plans = zip(*(text.split() for text in texts), strict=True)
+    for what, found, fix in (
+        ("read other samples", samples, "give all of them the same data files and tokenizer"),
+        ("planned other rows", plans, "install the same versions of posttrain and NumPy everywhere"),
+    ):
+        others = [str(process) for process, text in enumerate(found) if text != found[0]]
+        if others:
+            raise UserError(f"data: of {len(texts)} processes, {', '.join(others)} {what} than process 0; {fix}")
+
+
+# ---- what is told of them -------------------------------------------------------------------------------------------
 
 
 def _log_datasets(datasets: Datasets) -> None:
     for source in datasets.stats:
-        lost = [f"{source.truncated} truncated"] if source.truncated else []
-        lost += [f"{count} dropped, {reason}" for reason, count in source.dropped.items()]
-        lost += [f"{source.bad_rows} bad rows skipped"] if source.bad_rows else []
-        log.log(
-            logging.WARNING if lost else logging.INFO,
-            "%s: %d samples, %d tokens, %d trained on%s",
-            source.path,
-            source.samples,
-            source.tokens,
-            source.trained_tokens,
-            "".join(f"; {text}" for text in lost),
-        )
+        log_source(source)
+    log_epoch_use(datasets.stats)
     train = datasets.train
     if train.num_rows < train.global_batch_size:
         log.warning(
@@ -317,5 +355,17 @@ def _log_datasets(datasets: Datasets) -> None:
             train.num_rows,
             train.global_batch_size,
         )
-    if datasets.heldout is None:
+    _log_overlap(datasets.overlap)
+
+
+def _log_overlap(overlap: Overlap | None) -> None:
+    if overlap is None:
         log.info("nothing is held out")
+    elif overlap.prompts:
+        log.warning(
+            "held out: %d of %d samples are exactly among the training samples, and %d have a prompt that is there: "
+            "their loss says little about new data",
+            overlap.samples,
+            overlap.heldout,
+            overlap.prompts,
+        )

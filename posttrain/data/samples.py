@@ -1,59 +1,48 @@
-"""Samples as they are trained on: truncated, filtered, split into training and held-out ones, and counted.
+"""Samples as they are trained on: truncated, filtered, limited, without duplicates if asked, and counted.
 
-A view on the token caches, between them and the packed rows of `pipeline.py`.
+A view on the token caches, between them and the mixture and packing plan of `pipeline.py`. What is left out is left out
+in this order, each step counting what it takes: samples without a trained token and those too long; those beyond
+`limit`; exact duplicates among what remains; at last the held-out ones.
 """
 
+from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, UInt64
 
+from posttrain.config import SourceConfig
 from posttrain.data.cache import TokenCache
-from posttrain.data.packing import random_stream
-from posttrain.errors import UserError
+from posttrain.data.files import COMPRESSED_SUFFIXES
+from posttrain.data.packing import index_dtype, random_stream, sorting_order
+from posttrain.data.stats import DUPLICATE, OVER_LIMIT, TOO_LONG, TRUNCATED_AWAY, UNTRAINED, SourceStats
 
-_FIXES = {
-    "without a token to train on": "check data.loss_on against the rows",
-    "longer than data.max_length": "raise data.max_length, or set data.truncation to keep_start",
-    "without a token to train on after truncation": "raise data.max_length, or try another data.truncation",
-}
-"""Why a sample is dropped, and what helps."""
-_UNTRAINED, _TOO_LONG, _TRUNCATED_AWAY = _FIXES
-
-
-@dataclass(frozen=True)
-class SourceStats:
-    """What became of one data file."""
-
-    path: str
-    samples: int
-    """Kept, before the held-out split."""
-    tokens: int
-    """Of the kept samples, truncated."""
-    trained_tokens: int
-    truncated: int
-    """Kept samples that lost tokens to `max_length`."""
-    dropped: Mapping[str, int]
-    """Samples left out, by reason."""
-    bad_rows: int
-    """Rows of which no sample could be made."""
+_LISTS = tuple(f".json{suffix}" for suffix in ("", *COMPRESSED_SUFFIXES))
+"""Files in which several rows may stand on one line."""
 
 
 @dataclass(frozen=True)
 class SampleTable:
-    """The samples of several caches as they are trained on: truncated, and each with a token to train on."""
+    """The samples of several sources, by source, file and place in the file: 12 bytes a sample beside the caches."""
 
+    keys: tuple[str, ...]
+    """The sources, by their place in the config."""
     caches: tuple[TokenCache, ...]
-    source: Int[np.ndarray, "samples"]
-    """Which cache each sample lies in."""
-    starts: Int[np.ndarray, "samples"]
-    """Its first token in that cache."""
+    source_of: tuple[int, ...]
+    """Which source each cache belongs to; ascending."""
+    bounds: tuple[int, ...]
+    """Cache `c` has the samples `bounds[c]` to `bounds[c + 1]`."""
+    index: Int[np.ndarray, "samples"]
+    """Each sample's number in its cache; ascending within it."""
     lengths: Int[np.ndarray, "samples"]
+    """Tokens, after truncation."""
     trained: Int[np.ndarray, "samples"]
     """Tokens with a loss weight; never 0."""
-    truncated: Bool[np.ndarray, "samples"]
+    keep_end: bool
+    """Truncated samples have lost their start, not their end."""
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -68,105 +57,236 @@ class SampleTable:
         """Tokens with a loss weight."""
         return int(self.trained.sum(dtype=np.int64))
 
-    def take(self, indices: np.ndarray) -> "SampleTable":
-        """The samples at `indices` (numbers, or a bool for each)."""
-        columns = (self.source, self.starts, self.lengths, self.trained, self.truncated)
-        return SampleTable(self.caches, *(column[indices] for column in columns))
+    @property
+    def source_bounds(self) -> tuple[int, ...]:
+        """Source `s` has the samples `source_bounds[s]` to `source_bounds[s + 1]`."""
+        starts = (self.bounds[bisect_left(self.source_of, source)] for source in range(len(self.keys)))
+        return (*starts, len(self))
+
+    @property
+    def truncated(self) -> Bool[np.ndarray, "samples"]:
+        """Which samples have lost tokens to `max_length`."""
+        truncated = np.empty(len(self), bool)
+        for cache, part in self.parts():
+            index = self.index[part]
+            truncated[part] = self.lengths[part] < cache.offsets[index + 1] - cache.offsets[index]
+        return truncated
+
+    def source(self, sample: int) -> int:
+        """Which source a sample belongs to, as an index into `keys`."""
+        return self.source_of[self._cache(sample)]
+
+    def where(self, sample: int) -> str:
+        """`file:line` of a sample."""
+        cache = self.caches[self._cache(sample)]
+        return f"{cache.path}:{cache.lines[self.index[sample]]}"
+
+    def segment(self, sample: int) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids (int32) and loss weights (f32) of a sample, as views."""
+        cache = self.caches[self._cache(sample)]
+        number, length = int(self.index[sample]), int(self.lengths[sample])
+        start = int(cache.offsets[number + 1]) - length if self.keep_end else int(cache.offsets[number])
+        place = slice(start, start + length)
+        return cache.tokens[place], cache.loss_weights[place]
+
+    def take(self, kept: Bool[np.ndarray, "samples"]) -> "SampleTable":
+        """The samples that are marked."""
+        counts = [int(np.count_nonzero(kept[part])) for _, part in self.parts()]
+        return replace(
+            self,
+            bounds=tuple(np.cumsum([0, *counts]).tolist()),
+            index=self.index[kept],
+            lengths=self.lengths[kept],
+            trained=self.trained[kept],
+        )
+
+    def hashes(self) -> UInt64[np.ndarray, "samples"]:
+        """Of each sample's tokens and weights, whole: equal for equal samples.
+
+        That any two different ones among ten million share their 64 bits has a chance of three in a million.
+        """
+        hashes = np.empty(len(self), np.uint64)
+        for cache, part in self.parts():
+            hashes[part] = cache.hashes[self.index[part]]
+        return hashes
+
+    def parts(self) -> Iterator[tuple[TokenCache, slice]]:
+        """Every cache, and where its samples are."""
+        for cache, (start, end) in zip(self.caches, pairwise(self.bounds), strict=True):
+            yield cache, slice(start, end)
 
     def numbers(self) -> Int[np.ndarray, "samples"]:
-        """Each sample's number among all samples of the caches, which no filter or truncation changes."""
-        numbers = np.zeros(len(self), np.int64)
+        """Each sample's number among all samples of the caches, which no filter, limit or truncation changes."""
+        numbers = self.index.astype(np.int64)
         first = 0
-        for source, cache in enumerate(self.caches):
-            of_this = self.source == source
-            numbers[of_this] = first + np.searchsorted(cache.offsets, self.starts[of_this], side="right") - 1
+        for cache, part in self.parts():
+            numbers[part] += first
             first += cache.num_samples
         return numbers
 
-    def where(self, index: int) -> str:
-        """`file:line` of a sample."""
-        cache = self.caches[self.source[index]]
-        return f"{cache.path}:{cache.lines[np.searchsorted(cache.offsets, self.starts[index], side='right') - 1]}"
+    def first_of_row(self) -> Int[np.ndarray, "samples"]:
+        """For each sample the first one made of the same row of data: of a conversation that had to be split, a tree.
+
+        Rows are told apart by their lines. In `.json` files many may share one: there every sample stands for itself.
+        """
+        own = np.arange(len(self), dtype=index_dtype(len(self)))
+        begins = np.ones(len(self), bool)
+        for cache, part in self.parts():
+            if not cache.path.lower().endswith(_LISTS):
+                begins[part][1:] = np.diff(cache.lines[self.index[part]]) != 0
+        return np.maximum.accumulate(np.where(begins, own, 0))
+
+    def _cache(self, sample: int) -> int:
+        return bisect_right(self.bounds, sample) - 1
 
 
 def sample_table(
-    caches: Sequence[TokenCache], *, max_length: int, truncation: str
+    caches: Mapping[str, Sequence[TokenCache]],
+    sources: Mapping[str, SourceConfig],
+    *,
+    max_length: int,
+    truncation: str,
+    seed: int,
+    drop_duplicates: bool = False,
 ) -> tuple[SampleTable, tuple[SourceStats, ...]]:
-    """Applies the truncation policy, and leaves out samples that then have no token to train on.
+    """The samples to train on, or to hold out, and what became of each source.
 
-    `truncation` keeps the first (`keep_start`) or the last (`keep_end`) `max_length` tokens of an over-long sample, or
-    drops it (`drop`). A sample's first token is never trained on, whatever its weight: nothing predicts it.
+    Args:
+      caches: of each source, by its place in the config, those of its files.
+      sources: what the config says of them; `path` and `limit` are read.
+      max_length: most tokens of a sample.
+      truncation: keeps the first (`keep_start`) or the last (`keep_end`) `max_length` tokens of an over-long sample, or
+        drops it (`drop`).
+      seed: chooses the samples under a limit. Each draws a lot by its number in the source, and the lowest are used: a
+        higher limit adds samples and takes none away.
+      drop_duplicates: uses exactly equal samples once, the first of them. They are looked for among those that the
+        limits leave, in all sources together.
+
+    A sample's first token is never trained on, whatever its weight: nothing predicts it.
     """
-    tables, stats = [], []
-    for source, cache in enumerate(caches):
-        lengths = np.diff(cache.offsets)
-        over_long = lengths > max_length
-        starts = cache.offsets[:-1] + np.where(over_long & (truncation == "keep_end"), lengths - max_length, 0)
-        trained = cache.trained.copy()
-        for sample in np.flatnonzero(over_long):
-            start = int(starts[sample])
-            trained[sample] = np.count_nonzero(cache.loss_weights[start + 1 : start + max_length])
-        reasons = {
-            _UNTRAINED: cache.trained == 0,
-            _TOO_LONG: over_long & (truncation == "drop"),
-            _TRUNCATED_AWAY: trained == 0,
-        }
-        kept = np.ones(cache.num_samples, bool)
-        dropped = {}
-        for reason, mask in reasons.items():
-            dropped[reason] = int(np.count_nonzero(mask & kept))
-            kept &= ~mask
-        whole = SampleTable(
-            tuple(caches),
-            np.full(cache.num_samples, source, np.int32),
-            starts,
-            np.minimum(lengths, max_length).astype(np.int32),
-            trained,
-            over_long,
-        )
-        table = whole.take(kept)
+    dropped = {key: Counter[str]() for key in caches}
+    tables = []
+    for number, (key, files) in enumerate(caches.items()):
+        table = _join(key, [_usable(cache, max_length, truncation, dropped[key]) for cache in files], files, truncation)
+        limit = sources[key].limit
+        if limit is not None and len(table) > limit:
+            dropped[key][OVER_LIMIT] = len(table) - limit
+            table = table.take(_lowest(random_stream("limit", seed=seed, source=number), table.numbers(), limit))
         tables.append(table)
-        stats.append(
-            SourceStats(
-                path=cache.path,
-                samples=len(table),
-                tokens=table.num_tokens,
-                trained_tokens=table.num_trained_tokens,
-                truncated=int(np.count_nonzero(table.truncated)),
-                dropped={reason: count for reason, count in dropped.items() if count},
-                bad_rows=cache.bad_rows,
-            )
-        )
-    columns = ("source", "starts", "lengths", "trained", "truncated")
-    joined = (np.concatenate([getattr(table, column) for table in tables]) for column in columns)
-    return SampleTable(tuple(caches), *joined), tuple(stats)
+    table = _stack(tables)
+    del tables
+    again = first_alike(table.hashes()) != np.arange(len(table), dtype=index_dtype(len(table)))
+    duplicates = dict(zip(table.keys, count_by_source(table, again), strict=True))
+    if drop_duplicates and any(duplicates.values()):
+        table = table.take(~again)
+        for key, count in duplicates.items():
+            dropped[key][DUPLICATE] = count
+    truncated = dict(zip(table.keys, count_by_source(table, table.truncated), strict=True))
+    return table, tuple(
+        _stats(table, number, sources[key].path, truncated[key], duplicates[key], +dropped[key])
+        for number, key in enumerate(table.keys)
+    )
 
 
-def split_heldout(
-    table: SampleTable, fraction: float, *, seed: int
-) -> tuple[Int[np.ndarray, "train"], Int[np.ndarray, "heldout"]]:
-    """(training, held-out) samples, both in order: a random `fraction`, at least one of two or more.
-
-    Each sample draws its lot by its number in the data, so another `max_length` holds out nearly the same samples.
-    """
-    count = max(1, round(len(table) * fraction)) if fraction > 0 and len(table) > 1 else 0
-    numbers = table.numbers()
-    lots = random_stream("heldout", seed=seed).random_raw(int(numbers.max(initial=-1)) + 1)[numbers]
-    order = np.argsort(lots, kind="stable")
-    return np.sort(order[count:]), np.sort(order[:count])
+_Columns = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Number in the cache, length and trained tokens of each sample."""
 
 
-def check_kept(key: str, stats: Sequence[SourceStats]) -> None:
-    """Refuses data of which most is dropped: then it is the config that is wrong, not some samples.
+def _usable(cache: TokenCache, max_length: int, truncation: str, dropped: Counter[str]) -> _Columns:
+    """The cache's samples, truncated, that have a token to train on; adds to `dropped` why the others have not."""
+    lengths = np.diff(cache.offsets)
+    over_long = lengths > max_length
+    trained = np.array(cache.trained)
+    kept = trained > 0
+    dropped[UNTRAINED] += len(kept) - int(np.count_nonzero(kept))
+    if truncation == "drop":
+        dropped[TOO_LONG] += int(np.count_nonzero(kept & over_long))
+        kept &= ~over_long
+    for sample in np.flatnonzero(kept & over_long).tolist():  # about 1 us each
+        start = int(cache.offsets[sample + 1]) - max_length if truncation == "keep_end" else int(cache.offsets[sample])
+        trained[sample] = np.count_nonzero(cache.loss_weights[start + 1 : start + max_length])
+    dropped[TRUNCATED_AWAY] += int(np.count_nonzero(kept & (trained == 0)))
+    kept &= trained > 0
+    np.minimum(lengths, max_length, out=lengths)
+    return np.flatnonzero(kept).astype(np.int32), lengths[kept].astype(np.int32), trained[kept]
 
-    Raises:
-      UserError: names the config key, how many samples are dropped for which reasons, and what helps.
-    """
-    kept = sum(source.samples for source in stats)
-    dropped = sum((Counter(source.dropped) for source in stats), Counter())
-    if dropped.total() > kept:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
-        fixes = "; ".join(_FIXES[reason] for reason in dropped)
-        raise UserError(f"{key}: {dropped.total()} of {kept + dropped.total()} samples drop out ({reasons}); {fixes}")
-    if kept == 0:
-        raise UserError(f"{key}: no sample is left: all {sum(source.bad_rows for source in stats)} rows are bad")
+
+def _join(key: str, parts: Sequence[_Columns], caches: Sequence[TokenCache], truncation: str) -> SampleTable:
+    """The table of one source."""
+    empty = np.zeros(0, np.int32)
+    columns = [np.concatenate([empty, *column]) for column in zip(*parts, strict=True)] or [empty] * 3
+    return SampleTable(
+        keys=(key,),
+        caches=tuple(caches),
+        source_of=(0,) * len(caches),
+        bounds=tuple(np.cumsum([0, *(len(index) for index, _, _ in parts)]).tolist()),
+        index=columns[0],
+        lengths=columns[1],
+        trained=columns[2],
+        keep_end=truncation == "keep_end",
+    )
+
+
+def _stack(tables: Sequence[SampleTable]) -> SampleTable:
+    """One table of the sources' tables."""
+    bounds = [0]
+    for table in tables:
+        bounds += [bounds[-1] + end for end in table.bounds[1:]]
+    return SampleTable(
+        keys=tuple(table.keys[0] for table in tables),
+        caches=tuple(cache for table in tables for cache in table.caches),
+        source_of=tuple(source for source, table in enumerate(tables) for _ in table.caches),
+        bounds=tuple(bounds),
+        index=np.concatenate([table.index for table in tables]),
+        lengths=np.concatenate([table.lengths for table in tables]),
+        trained=np.concatenate([table.trained for table in tables]),
+        keep_end=tables[0].keep_end,
+    )
+
+
+def _stats(
+    table: SampleTable, source: int, path: str, truncated: int, duplicates: int, dropped: Mapping[str, int]
+) -> SourceStats:
+    caches = [cache for cache, of in zip(table.caches, table.source_of, strict=True) if of == source]
+    part = slice(*table.source_bounds[source : source + 2])
+    return SourceStats(
+        key=table.keys[source],
+        path=path,
+        files=len(caches),
+        rows=sum(cache.rows for cache in caches),
+        left_out=sum(cache.left_out for cache in caches),
+        bad_rows=sum(cache.bad_rows for cache in caches),
+        samples=part.stop - part.start,
+        tokens=int(table.lengths[part].sum(dtype=np.int64)),
+        trained_tokens=int(table.trained[part].sum(dtype=np.int64)),
+        truncated=truncated,
+        dropped=dict(dropped),
+        duplicates=duplicates,
+        notes=dict(sum((Counter(cache.notes) for cache in caches), Counter())),
+    )
+
+
+def first_alike(hashes: UInt64[np.ndarray, "samples"]) -> Int[np.ndarray, "samples"]:
+    """For each sample the first one with its hash: itself, where none came before."""
+    order = sorting_order(hashes)
+    ordered = hashes[order]
+    begins = np.ones(len(hashes), bool)
+    np.not_equal(ordered[1:], ordered[:-1], out=begins[1:])
+    del ordered
+    first = np.empty_like(order)
+    first[order] = np.repeat(order[begins], np.diff(np.flatnonzero(begins), append=len(hashes)))
+    return first
+
+
+def count_by_source(table: SampleTable, marked: Bool[np.ndarray, "samples"]) -> list[int]:
+    """How many samples of each source are marked."""
+    bounds = table.source_bounds
+    return [int(np.count_nonzero(marked[start:end])) for start, end in pairwise(bounds)]
+
+
+def _lowest(stream: np.random.Philox, numbers: Int[np.ndarray, "samples"], count: int) -> Bool[np.ndarray, "samples"]:
+    """Marks `count` samples: those whose lots, drawn by their numbers, are the lowest."""
+    lots = stream.random_raw(int(numbers.max(initial=-1)) + 1)[numbers]
+    marked = np.zeros(len(numbers), bool)
+    marked[sorting_order(lots)[:count]] = True
+    return marked

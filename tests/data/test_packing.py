@@ -80,6 +80,31 @@ def test_the_order_of_the_data_is_pinned():
     assert rows_of(packed) == [[8, 6], [4, 10], [3, 11], [5, 9], [0, 1, 2, 7]]
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_an_order_says_which_samples_are_planned_and_how_often(packing):
+    lengths = lognormal(3000, 4.5, 1.0, longest=512)
+    order = np.random.default_rng(1).integers(0, 2000, 7000).astype(np.int32)
+    plan = plan_rows(lengths, 512, seed=3, epoch=1, order=order, packing=packing, window=MIN_WINDOW)
+    rows = rows_of(plan)
+    assert np.bincount(plan.sample_ids, minlength=3000).tolist() == np.bincount(order, minlength=3000).tolist()
+    assert plan.row_tokens.tolist() == [sum(int(lengths[i]) for i in row) for row in rows]
+    assert max(plan.row_tokens) <= 512
+    if packing:  # samples stay near their place in the order
+        in_order = plan_rows(lengths, 512, seed=3, epoch=1, order=order, shuffle=False, window=MIN_WINDOW)
+        first = in_order.sample_ids[:2000]
+        np.testing.assert_array_equal(np.isin(first, order[: 2000 + 2 * MIN_WINDOW]), True)
+    else:
+        assert plan.sample_ids.tolist() == order.tolist()
+
+
+def test_an_order_is_what_the_shuffle_would_be():
+    lengths = lognormal(3000, 5.0, 1.0)
+    shuffled = plan_rows(lengths, 2048, seed=4, epoch=2)
+    order = plan_rows(lengths, 2048, seed=4, epoch=2, packing=False).sample_ids
+    again = plan_rows(lengths, 2048, seed=4, epoch=2, order=order)
+    assert rows_of(again) == rows_of(shuffled)
+
+
 @pytest.mark.parametrize("window", [1024, 4096])
 @pytest.mark.parametrize(("mu", "sigma"), [(3.0, 1.0), (5.0, 1.0), (6.0, 1.0), (6.5, 0.8), (6.0, 0.5)])
 def test_over_99_percent_of_the_places_are_filled(mu, sigma, window):

@@ -6,6 +6,7 @@ import re
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,45 +16,67 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 from posttrain.config import DataConfig, HeldoutConfig, SourceConfig
-from posttrain.data.cache import open_cache
-from posttrain.data.chat import Sample
-from posttrain.data.pipeline import Datasets, PackedDataset, build_datasets
-from posttrain.data.samples import sample_table
+from posttrain.data.mixture import Mixture
+from posttrain.data.pipeline import Datasets, PackedDataset, build_datasets, plan_fingerprint
+from posttrain.data.samples import SampleTable, sample_table
+from posttrain.data.split import Overlap
 from posttrain.data.tokenizer import Tokenizer
-from posttrain.errors import UserError, UserErrors
+from posttrain.errors import UserError
 from posttrain.records import Batch
+from tests.data.fake_caches import fake_cache
 
 FIELDS = ("tokens", "segment_ids", "positions", "loss_weights")
 
 
-def make_samples(count: int) -> list[Sample]:
-    """Of 2 to 40 tokens, all different; the last one is always trained on."""
+Samples = list[tuple[list[int], list[float]]]
+
+
+def make_samples(count: int) -> Samples:
+    """(Tokens, loss weights): 2 to 40 tokens, all different; the last one is always trained on."""
     rng = np.random.default_rng(0)
-    samples, token = [], 1
-    for line, length in enumerate(rng.integers(2, 41, count), 1):
-        weights = rng.choice([0.0, 0.5, 1.0], length).astype(np.float32)
-        weights[-1] = 1.0
-        samples.append(Sample(np.arange(token, token + length, dtype=np.int32), weights, "a", line))
-        token += int(length)
+    samples: Samples = []
+    token = 1
+    for length in rng.integers(2, 41, count).tolist():
+        weights = rng.choice([0.0, 0.5, 1.0], length).tolist()
+        samples.append((list(range(token, token + length)), [*weights[:-1], 1.0]))
+        token += length
     return samples
 
 
 @pytest.fixture(scope="module")
-def samples() -> list[Sample]:
+def samples() -> Samples:
     return make_samples(300)
 
 
+def table_of(samples: Samples, *sizes: int, max_length: int = 64) -> SampleTable:
+    """A table of sources of these sizes, each in a file of its own."""
+    caches, start = {}, 0
+    for number, size in enumerate(sizes):
+        caches[f"data.train.{number}"] = [fake_cache(f"{'abc'[number]}.jsonl", samples[start : start + size])]
+        start += size
+    configs = {key: SourceConfig(path=key) for key in caches}
+    return sample_table(caches, configs, max_length=max_length, truncation="drop", seed=0)[0]
+
+
 @pytest.fixture(scope="module")
-def make(samples, tmp_path_factory):
+def make(samples):
     """A data set of rows of 64 places over the samples."""
-    directory = tmp_path_factory.mktemp("cache")
 
     def make_dataset(count: int = 300, **options: Any) -> PackedDataset:
-        cache = open_cache(
-            "a.jsonl", {"count": count}, lambda w: w.append(samples[:count], ()), cache_dir=str(directory)
-        )
-        table, _ = sample_table([cache], max_length=64, truncation="drop")
+        table = table_of(samples, count)
         return PackedDataset(table, **{"row_length": 64, "global_batch_size": 8, "seed": 0, **options})
+
+    return make_dataset
+
+
+@pytest.fixture(scope="module")
+def mix(samples):
+    """The same over a mixture of three sources: 1/4 pass, 2.25 passes, 2 passes in an epoch."""
+    sizes, counts = (200, 80, 20), (50, 180, 40)
+
+    def make_dataset(**options: Any) -> PackedDataset:
+        options = {"row_length": 64, "global_batch_size": 8, "seed": 0, **options}
+        return PackedDataset(table_of(samples, *sizes), mixture=Mixture(sizes, counts, seed=options["seed"]), **options)
 
     return make_dataset
 
@@ -93,7 +116,7 @@ def test_an_epoch_holds_every_sample_once_and_nothing_else(make, samples, global
             assert values.shape == (global_batch_size, 64) and values.dtype == dtype
             assert not values[batch.segment_ids == 0].any()
         found.update(segments(batch))
-    expected = Counter((tuple(s.tokens.tolist()), (0.0, *s.loss_weights.tolist()[1:])) for s in samples)
+    expected = Counter((tuple(tokens), (0.0, *weights[1:])) for tokens, weights in samples)
     assert found == expected
 
 
@@ -109,6 +132,7 @@ def test_steps_and_epochs_are_exact(make):
         assert sorted(lines) == sorted(f"a.jsonl:{line}" for line in range(1, 301))
         assert dataset.epoch(int(end)) == np.searchsorted(ends, end) + 1
     assert sum(rows[: ends[0]]) == dataset.num_rows
+    assert (dataset.num_samples, dataset.num_tokens) == (300, dataset.table.num_tokens)
     assert [dataset.epoch(step) for step in (0, 1)] == [0.0, 1 / per_epoch[0]]
     assert dataset.epoch(int(ends[0]) + 1) == 1 + 1 / per_epoch[1]
     places = dataset.num_rows * 64
@@ -159,7 +183,7 @@ def test_the_rows_of_all_processes_are_the_global_batch(make, processes):
 def test_rows_are_described_by_file_and_line(make, samples):
     dataset = make()
     batch = whole(dataset, 2)
-    line_of = {sample.tokens.tobytes(): sample.line for sample in samples}
+    line_of = {np.array(tokens, np.int32).tobytes(): line for line, (tokens, _) in enumerate(samples, 1)}
     for row in range(8):
         tokens = [batch.tokens[row, batch.segment_ids[row] == s] for s in range(1, batch.segment_ids[row].max() + 1)]
         assert dataset.describe(2, row) == [f"a.jsonl:{line_of[t.tobytes()]}" for t in tokens]
@@ -174,7 +198,61 @@ def test_what_is_not_there_is_refused(make):
         with pytest.raises(ValueError, match="steps"):
             dataset.loader(np.arange(8), start, stop)
     with pytest.raises(ValueError, match="at least one sample"):
-        PackedDataset(dataset.table.take(np.zeros(0, int)), row_length=64, global_batch_size=1, seed=0)
+        PackedDataset(dataset.table.take(np.zeros(300, bool)), row_length=64, global_batch_size=1, seed=0)
+
+
+# ---- mixtures -------------------------------------------------------------------------------------------------------
+
+
+def test_every_epoch_of_a_mixture_holds_what_it_draws(mix):
+    dataset = mix(epochs=4)
+    mixture = Mixture((200, 80, 20), (50, 180, 40), seed=0)
+    assert (dataset.num_samples, len(dataset.table)) == (270, 300)
+    first = 0
+    seen: Counter[str] = Counter()
+    for epoch, steps in enumerate(dataset.steps_per_epoch):
+        found = Counter(
+            line for step in range(first, first + steps) for row in range(8) for line in dataset.describe(step, row)
+        )
+        drawn = np.concatenate([mixture.draws(source, epoch) for source in range(3)])
+        assert found == Counter(dataset.table.where(int(sample)) for sample in drawn)
+        seen += found
+        first += steps
+    assert first == dataset.num_steps
+    assert {line: n for line, n in seen.items() if line.startswith("a")} == {f"a.jsonl:{n}": 1 for n in range(1, 201)}
+    assert {n for line, n in seen.items() if line.startswith("b")} == {9}  # 4 x 180 of 80
+    assert {n for line, n in seen.items() if line.startswith("c")} == {8}
+
+
+def test_a_mixture_is_found_again_at_any_step_by_any_process(mix):
+    reference = mix(max_steps=70)
+    assert len(reference.steps_per_epoch) > 5
+    batches = [whole(reference, step) for step in range(70)]
+    assert all(equal(whole(mix(max_steps=70), step), batches[step]) for step in (69, 0, 35, 34))
+    parts = [mix(max_steps=70).loader(np.arange(8)[i::2], 29) for i in range(2)]
+    for (step, even), (_, odd) in zip(*parts, strict=True):
+        for name in FIELDS:
+            np.testing.assert_array_equal(getattr(even, name), getattr(batches[step], name)[::2])
+            np.testing.assert_array_equal(getattr(odd, name), getattr(batches[step], name)[1::2])
+    assert step == 69
+
+
+def test_plans_are_told_apart(make, mix):
+    datasets = [make(), make(seed=1), make(packing=False), make(epochs=2), make(299), make(shuffle=False)]
+    prints = [plan_fingerprint(dataset) for dataset in (*datasets, mix(), mix(seed=1))]
+    assert len(set(prints)) == len(prints)
+    assert prints[0] == plan_fingerprint(make()) and prints[-2] == plan_fingerprint(mix())
+
+
+def test_plans_of_other_samples_are_told_apart():
+    """Of the same lengths, in the same order."""
+    table = table_of([([number] * 5, [1.0] * 5) for number in range(20)], 20)
+    halves = [table.take(np.arange(20) < 10), table.take(np.arange(20) >= 10)]
+    prints = [
+        plan_fingerprint(PackedDataset(half, row_length=64, global_batch_size=1, seed=0))
+        for half in (*halves, halves[0])
+    ]
+    assert prints[0] == prints[2] != prints[1]
 
 
 # ---- the loader -----------------------------------------------------------------------------------------------------
@@ -245,10 +323,8 @@ def test_errors_while_reading_reach_the_consumer(make, monkeypatch, error, prefe
     assert not loader_threads()
 
 
-def test_reading_is_fast(tmp_path):
-    samples = [Sample(np.ones(200, np.int32), np.ones(200, np.float32), "a", line) for line in range(5000)]
-    cache = open_cache("a", {}, lambda writer: writer.append(samples, ()), cache_dir=str(tmp_path))
-    table, _ = sample_table([cache], max_length=200, truncation="drop")
+def test_reading_is_fast():
+    table = table_of([([1] * 200, [1.0] * 200)] * 5000, 5000, max_length=200)
     start = time.process_time()
     dataset = PackedDataset(table, row_length=1024, global_batch_size=8, seed=0)
     tokens = sum(int((batch.segment_ids > 0).sum()) for _, batch in dataset.loader(np.arange(8)))
@@ -284,12 +360,25 @@ def chats(path: Path, count: int, *, answer: str = "answer") -> str:
 
 
 def build(
-    tmp_path: Path, tokenizer: Tokenizer, train: list[str], *, max_steps: int | None = None, **options: Any
+    tmp_path: Path,
+    tokenizer: Tokenizer,
+    train: Sequence[str | SourceConfig],
+    *,
+    max_steps: int | None = None,
+    seed: int = 0,
+    gather: Callable[[str], Sequence[str]] = lambda text: [text],
+    **options: Any,
 ) -> Datasets:
     defaults = {"max_length": 64, "row_length": 256, "cache_dir": str(tmp_path / "cache")}
-    data = DataConfig(train=tuple(SourceConfig(path=path) for path in train), **{**defaults, **options})
+    sources = tuple(SourceConfig(path=source) if isinstance(source, str) else source for source in train)
     return build_datasets(
-        data, tokenizer, global_batch_size=4, max_steps=max_steps, seed=0, rejects_dir=tmp_path / "run"
+        DataConfig(train=sources, **{**defaults, **options}),
+        tokenizer,
+        global_batch_size=4,
+        max_steps=max_steps,
+        seed=seed,
+        rejects_dir=tmp_path / "run",
+        gather=gather,
     )
 
 
@@ -340,30 +429,112 @@ def test_the_held_out_rows_come_in_one_order(tmp_path, tokenizer):
     assert numbers == sorted(numbers) and len(numbers) == 25
 
 
-def test_all_that_the_config_gets_wrong_is_said_at_once(tmp_path, tokenizer):
-    data = DataConfig(
-        train=(SourceConfig(path="a"), SourceConfig(path="b", weight=0.5)), max_length=512, row_length=256
-    )
-    with pytest.raises(UserErrors) as caught:
-        build_datasets(data, tokenizer, global_batch_size=1, max_steps=None, seed=0, rejects_dir=tmp_path)
-    weight, length = caught.value.problems
-    assert weight.startswith("data.train.1.weight=0.5: mixtures by weight are not served yet")
-    assert length.startswith("data.max_length=512 is more than data.row_length=256")
-    with pytest.raises(UserError, match=r"data\.train: names no file"):
-        build(tmp_path, tokenizer, [])
+def test_sources_are_mixed_by_weight(tmp_path, tokenizer, caplog):
+    caplog.set_level(logging.INFO)
+    paths = [chats(tmp_path / f"{name}.jsonl", 60, answer=name * 5) for name in "ab"]
+    sources = [SourceConfig(path=paths[0], weight=3), SourceConfig(path=paths[1], weight=1, limit=10, repeat=2)]
+    datasets = build(tmp_path, tokenizer, sources, heldout=HeldoutConfig(fraction=0.0), epochs=2)
+    train = lines(datasets.train)
+    counts = Counter(place.rsplit(":", 1)[0] for place in train)
+    assert counts == {paths[0]: 120, paths[1]: 40}  # two epochs of 80: one pass over a, two over ten of b
+    chosen = Counter(place for place in train if place.startswith(paths[1]))
+    assert sorted(chosen.values()) == [4] * 10
+    first, second = datasets.stats
+    assert (first.epoch.available, first.epoch.samples, first.epoch.passes) == (60, 60, 1.0)
+    assert (second.epoch.available, second.epoch.samples, second.epoch.passes) == (10, 20, 2.0)
+    assert (first.epoch.sample_share, second.epoch.sample_share) == (0.75, 0.25)
+    assert second.dropped == {"beyond the limit": 50}
+    tokens = [
+        int(whole(datasets.train, step).segment_ids.astype(bool).sum()) for step in range(datasets.train.num_steps)
+    ]
+    assert sum(tokens) == 2 * (first.epoch.tokens + second.epoch.tokens)
+    assert "an epoch takes 20 of 10 samples of data.train.1 (2 passes): 25.0% of its samples, " in caplog.text
+
+
+def test_sources_are_repeated(tmp_path, tokenizer):
+    paths = [chats(tmp_path / "a.jsonl", 20), chats(tmp_path / "b.jsonl", 5, answer="no")]
+    sources = [SourceConfig(path=paths[0]), SourceConfig(path=paths[1], repeat=3)]
+    counts = Counter(lines(build(tmp_path, tokenizer, sources, heldout=HeldoutConfig(fraction=0.0)).train))
+    assert counts == {f"{paths[0]}:{n}": 1 for n in range(1, 21)} | {f"{paths[1]}:{n}": 3 for n in range(1, 6)}
+
+
+def test_a_pattern_is_one_source(tmp_path, tokenizer):
+    paths = [chats(tmp_path / f"part-{number}.jsonl", 10, answer="x" * number) for number in (2, 1)]
+    pattern = str(tmp_path / "part-*.jsonl")
+    datasets = build(tmp_path, tokenizer, [pattern], heldout=HeldoutConfig(fraction=0.0))
+    assert {place.rsplit(":", 1)[0] for place in lines(datasets.train)} == set(paths)
+    (stats,) = datasets.stats
+    assert (stats.path, stats.files, stats.rows, stats.samples) == (pattern, 2, 20, 20)
+
+
+def test_duplicates_and_overlap_are_told(tmp_path, tokenizer, caplog):
+    path = chats(tmp_path / "a.jsonl", 30)
+    twice = tmp_path / "b.jsonl"
+    twice.write_text("".join(f"{line}\n" for line in 2 * Path(path).read_text().splitlines()))
+    datasets = build(tmp_path, tokenizer, [path, str(twice)], heldout=HeldoutConfig(path=path))
+    assert [source.duplicates for source in datasets.stats] == [0, 60, 0]
+    assert len(datasets.train.table) == 90
+    assert datasets.overlap == Overlap(heldout=30, samples=30, prompts=30)
+    assert "60 exactly like an earlier sample (data.drop_duplicates would use them once)" in caplog.text
+    assert "held out: 30 of 30 samples are exactly among the training samples, and 30 have a prompt" in caplog.text
+    caplog.clear()
+    datasets = build(tmp_path, tokenizer, [str(twice)], heldout=HeldoutConfig(fraction=0.2), drop_duplicates=True)
+    assert (len(datasets.train.table), len(datasets.heldout.table)) == (24, 6)
+    assert datasets.overlap == Overlap(heldout=6, samples=0, prompts=6)  # they all ask the same
+    assert "held out: 0 of 6 samples are exactly among the training samples, and 6 have a prompt" in caplog.text
+    with pytest.raises(UserError, match=r"data\.train\.1: all samples of .*b\.jsonl are exactly like earlier ones"):
+        build(tmp_path, tokenizer, [path, str(twice)], drop_duplicates=True)
+
+
+def test_processes_must_agree(tmp_path, tokenizer):
+    path = chats(tmp_path / "a.jsonl", 20)
+    told: list[str] = []
+
+    def alike(text: str) -> list[str]:
+        told.append(text)
+        return [text] * 3
+
+    datasets = build(tmp_path, tokenizer, [path], gather=alike)
+    assert told == [f"{datasets.fingerprint} {plan_fingerprint(datasets.train)}"]
+    samples, plan = told[0].split()
+    for texts, problem in (
+        (
+            [f"{samples} {plan}", f"{samples} other", f"{samples} other"],
+            "of 3 processes, 1, 2 planned other rows than pro",
+        ),
+        (
+            [f"{samples} {plan}", f"other {plan}"],
+            "of 2 processes, 1 read other samples than process 0; give all of them",
+        ),
+    ):
+        with pytest.raises(UserError, match=problem):
+            build(tmp_path, tokenizer, [path], gather=lambda text, texts=texts: texts)
+
+
+def test_the_fingerprint_is_that_of_the_samples(tmp_path, tokenizer):
+    path = chats(tmp_path / "a.jsonl", 20)
+    first = build(tmp_path, tokenizer, [path]).fingerprint
+    chats(tmp_path / "b.jsonl", 20)
+    assert build(tmp_path, tokenizer, [str(tmp_path / "b.jsonl")]).fingerprint == first
+    chats(tmp_path / "b.jsonl", 20, answer="other")
+    assert build(tmp_path, tokenizer, [str(tmp_path / "b.jsonl")]).fingerprint != first
 
 
 def test_unsuitable_data_are_refused(tmp_path, tokenizer):
     path = chats(tmp_path / "a.jsonl", 10)
-    with pytest.raises(UserError, match=r"data\.train: 10 of 10 samples drop out \(10 longer than data\.max_length\)"):
+    with pytest.raises(UserError, match=r"data\.train\.0: .*: all 10 drop out \(10 longer than data\.max_length\)"):
         build(tmp_path, tokenizer, [path], max_length=16, truncation="drop")
-    with pytest.raises(UserError, match=r"data\.train: 10 of 10 .* after truncation\); raise data\.max_length"):
+    with pytest.raises(UserError, match=r"data\.train\.0: .* all 10 .* after truncation\); raise data\.max_length"):
         build(tmp_path, tokenizer, [path], max_length=16)
-    with pytest.raises(UserError, match=r"data\.heldout\.fraction=0\.8 holds out more than is left"):
+    with pytest.raises(UserError, match=r"data\.heldout\.fraction=0\.8 holds out 8 of 10 samples, more than is left"):
         build(tmp_path, tokenizer, [path], heldout=HeldoutConfig(fraction=0.8))
+    single = chats(tmp_path / "c.jsonl", 1, answer="one")
+    with pytest.raises(UserError, match=r"data\.train\.1: all its 1 samples are held out"):
+        for number in range(40):
+            build(tmp_path, tokenizer, [path, single], heldout=HeldoutConfig(fraction=0.45), seed=number)
     (tmp_path / "bad.jsonl").write_text('{"messages": []}\n')
-    with pytest.raises(UserError, match=r"data\.train: no sample is left: all 1 rows are bad"):
-        build(tmp_path, tokenizer, [str(tmp_path / "bad.jsonl")], on_bad_row="skip")
+    with pytest.raises(UserError, match=r"data\.train\.1: .*bad\.jsonl gives no sample: of 1 rows 1 are bad"):
+        build(tmp_path, tokenizer, [path, str(tmp_path / "bad.jsonl")], on_bad_row="skip")
 
 
 def test_what_is_lost_is_logged(tmp_path, tokenizer, caplog):
@@ -372,7 +543,7 @@ def test_what_is_lost_is_logged(tmp_path, tokenizer, caplog):
     chats(tmp_path / "b.jsonl", 2, answer="long " * 20)
     Path(path).write_text(Path(path).read_text() + "\n" + (tmp_path / "b.jsonl").read_text() + '\n{"text": 3}\n')
     build(tmp_path, tokenizer, [path], on_bad_row="skip", max_length=60, heldout=HeldoutConfig(fraction=0.0))
-    assert f"{path}: 12 samples, " in caplog.text
+    assert f"data.train.0, {path}: 12 samples, " in caplog.text
     assert "trained on; 2 truncated; 1 bad rows skipped" in caplog.text
     assert re.search(r"an epoch has [1-3] rows, fewer than train\.global_batch_size=4", caplog.text)
     assert "nothing is held out" in caplog.text
