@@ -14,6 +14,7 @@ from posttrain.experiment import load_tokenizer, setup_model
 from posttrain.models import hf
 from posttrain.models.gguf import import_gguf
 from posttrain.train.checkpoint import Checkpoints
+from posttrain.train.resume import check_vocabulary
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,9 @@ def export_run(options: ExportOptions) -> None:
     step = checkpoints.latest_step() if options.step is None else options.step
     if step is None or step not in checkpoints.steps():
         raise UserError(f"{run_dir}: no checkpoint of step {options.step}; there are {checkpoints.steps() or 'none'}")
-    model = setup_model(config.model, options.mesh)
+    tokenizer = load_tokenizer(config)
+    model = setup_model(config.model, options.mesh, tokenizer)
+    check_vocabulary(run_dir, checkpoints.read_meta(step)["vocabulary"], model.vocabulary)
     params = checkpoints.restore_params(step, model.abstract_params)
     hf.export_hf(
         params,
@@ -68,7 +71,7 @@ def export_run(options: ExportOptions) -> None:
         options.out,
         raw_config=model.raw_config,
         dtype=options.dtype,
-        tokenizer=load_tokenizer(config),
+        tokenizer=tokenizer,
         generation_config=hf.load_generation_config(model.directory),
     )
     if jax.process_index() == 0:

@@ -17,6 +17,7 @@ from posttrain.parallel.sharding import flatten
 from posttrain.records import Params
 from posttrain.train.checkpoint import Checkpoints
 from posttrain.train.heldout import DatasetLoss
+from posttrain.train.resume import check_vocabulary
 from posttrain.train.setup import Experiment
 
 
@@ -44,7 +45,7 @@ def evaluate(config: Config, options: EvaluateOptions) -> None:
     name, data = _choose_data(experiment, options)
     loss = DatasetLoss(experiment.loss, experiment.mesh, experiment.micro_rows)
     params = _choose_params(experiment, options)
-    values: dict[str, Any] = {"split": name, "samples": len(data.table), "tokens": data.table.num_tokens}
+    values: dict[str, Any] = {"split": name, "samples": data.num_samples, "tokens": data.num_tokens}
     if options.gradient_norms:
         scalars, gradients = loss.gradients(params, data)
         values |= scalars | {"gradient_norms": gradient_norms(gradients)}
@@ -75,6 +76,7 @@ def _choose_params(experiment: Experiment, options: EvaluateOptions) -> Params:
     step = checkpoints.latest_step()
     if step is None:
         raise UserError(f"--checkpoint latest: there is no checkpoint in {checkpoints.directory}")
+    check_vocabulary(run_dir, checkpoints.read_meta(step)["vocabulary"], experiment.model.vocabulary)
     state, _ = checkpoints.restore(step, experiment.abstract_state())
     return state.params
 

@@ -51,7 +51,7 @@ class _ModelOptions:
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     chat_template: str | None = None
-    """A .jinja file or a built-in name (chatml), instead of the model's own template."""
+    """A .jinja file or a built-in one (chatml, gemma, llama3, minimal), instead of the model's own template."""
     max_new_tokens: int = 256
     """Longest answer in tokens, its stop token included."""
     temperature: float = 0.0

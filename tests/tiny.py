@@ -49,6 +49,25 @@ def write_model(directory: Path) -> Path:
     return directory
 
 
+def write_base_model(directory: Path, *, tied: bool = False) -> Path:
+    """As `write_model`, with a tokenizer that has no special token and no chat template: a model of plain text."""
+    content = json.loads((TOKENIZER / "tokenizer.json").read_text())
+    scratch = directory.with_name(directory.name + "-config")
+    scratch.mkdir(parents=True)
+    plain = content | {"added_tokens": [], "post_processor": None}
+    (scratch / "tokenizer.json").write_text(json.dumps(plain))
+    (scratch / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    tokenizer = Tokenizer.load(str(scratch))
+    raw = {key: value for key, value in CONFIG.items() if key not in ("bos_token_id", "eos_token_id")}
+    raw |= {"vocab_size": tokenizer.vocab_size, "tie_word_embeddings": tied}
+    (scratch / "config.json").write_text(json.dumps(raw))
+    config, _ = hf.load_config(scratch)
+    shutil.rmtree(scratch)
+    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
+    hf.export_hf(params, config, directory, raw_config=raw, tokenizer=tokenizer)
+    return directory
+
+
 def write_chats(path: Path, count: int) -> None:
     """Short conversations of unequal lengths, all different."""
     rows = []

@@ -1,7 +1,8 @@
 """The tokenizer inside a GGUF file -> the files that transformers loads. Called by `gguf.py`.
 
-A GGUF holds a byte-level BPE's tokens, their types, merges and template; how text is split before the merges it only
-names, so the names are a table here.
+Of a byte-level BPE ("gpt2") a GGUF holds the tokens, their types, merges and template; how text is split before the
+merges it only names, so the names are a table here. Of a sentencepiece vocabulary ("llama") it holds the pieces, their
+scores and types. What a file leaves unsaid is as in llama.cpp, whose test vectors the tests hold the ids to.
 """
 
 from collections import Counter
@@ -10,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from etils import epath
-from gguf import TokenType
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from posttrain.data.spm import Kind, Pieces, add_tokens, bpe_model, decoder, spaces, surround
 from posttrain.errors import UserError
 from posttrain.models.weights import write_json
 
@@ -73,12 +74,23 @@ SPLITTINGS = {
 """`tokenizer.ggml.pre` -> how text is split, as llama.cpp (`llama-vocab.cpp`) and the models' own tokenizers do."""
 
 
+BPE, SPM = "gpt2", "llama"
+"""`tokenizer.ggml.model` of the kinds that are served."""
+
+SPM_IDS = {"bos": 1, "eos": 2, "unknown": 0}
+"""Ids of a sentencepiece vocabulary that the file does not give."""
+
+PHI3_PLAIN = ("<unk>", "<s>", "<|endoftext|>")
+"""Phi-3's special tokens that leave the whitespace behind them alone; GGUF has no field for it."""
+
+
 def token_id(metadata: Mapping[str, Any], role: str) -> int | None:
-    """Id of the token with a role (`bos`, `eos`, `padding`, `unknown`, `eot`, `eom`), if the file names one.
+    """Id of the token with a role (`bos`, `eos`, `padding`, `unknown`, `eot`, `eom`), if there is one.
 
     Raises `UserError` when it is beyond the vocabulary."""
     key = f"tokenizer.ggml.{role}_token_id"
-    value = metadata.get(key)
+    default = SPM_IDS.get(role) if metadata.get("tokenizer.ggml.model") == SPM else None
+    value = metadata.get(key, default)
     count = len(metadata.get("tokenizer.ggml.tokens", ()))
     if value is not None and not 0 <= value < count:
         raise UserError(f"{key}: {value} is not one of the {count} tokens")
@@ -114,40 +126,66 @@ def write_tokenizer(metadata: Mapping[str, Any], directory: epath.Path) -> None:
 
 def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer that the metadata (`tokenizer.ggml.*`) describes."""
-    splitting = _splitting(metadata)
+    model = metadata.get("tokenizer.ggml.model")
+    if model == SPM:
+        tokenizer, add_bos = _sentencepiece(metadata), True
+    elif model == BPE:
+        splitting = _splitting(metadata)
+        tokenizer, add_bos = _byte_level_bpe(metadata, splitting), splitting.add_bos
+    else:
+        raise UserError(
+            f"tokenizer.ggml.model: {model!r} is not served; "
+            f"served: {BPE!r} (byte-level BPE) and {SPM!r} (sentencepiece BPE)"
+        )
+    _add_bos_and_eos(tokenizer, metadata, add_bos)
+    return tokenizer
+
+
+def _pieces(metadata: Mapping[str, Any]) -> Pieces:
+    """The vocabulary. Raises `UserError` where it is inconsistent."""
     tokens = metadata.get("tokenizer.ggml.tokens", [])
-    types = metadata.get("tokenizer.ggml.token_type", [TokenType.NORMAL] * len(tokens))
-    if not tokens or len(types) != len(tokens):
-        raise UserError(f"tokenizer.ggml: {len(tokens)} tokens with {len(types)} token types; the file is broken")
+    kinds = metadata.get("tokenizer.ggml.token_type", [Kind.NORMAL] * len(tokens))
+    if not tokens or len(kinds) != len(tokens):
+        raise UserError(f"tokenizer.ggml: {len(tokens)} tokens with {len(kinds)} token types; the file is broken")
     repeated = [token for token, count in Counter(tokens).items() if count > 1]
     if repeated:
         raise UserError(f"tokenizer.ggml.tokens: {repeated[0]!r} occurs more than once; the file is broken")
-    # Unused ids only fill the embedding up: they stand for no text.
-    vocab = {t: i for i, (t, kind) in enumerate(zip(tokens, types, strict=True)) if kind != TokenType.UNUSED}
-    merges = _merges(metadata, vocab)
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=splitting.whole_words))
+    scores = metadata.get("tokenizer.ggml.scores", [])
+    if metadata["tokenizer.ggml.model"] == SPM and len(scores) != len(tokens):
+        raise UserError(f"tokenizer.ggml.scores: {len(scores)} scores for {len(tokens)} tokens; the file is broken")
+    unknown = token_id(metadata, "unknown")
+    if unknown is not None:
+        # Unused ids only fill the embedding up: they stand for no text. Older converters call them unknown.
+        kinds = [Kind.UNUSED if k == Kind.UNKNOWN and id != unknown else k for id, k in enumerate(kinds)]
+    return Pieces(tokens, scores, kinds, unknown)
+
+
+def _byte_level_bpe(metadata: Mapping[str, Any], splitting: Splitting) -> Tokenizer:
+    pieces = _pieces(metadata)
+    vocab = pieces.vocab
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=_merges(metadata, vocab), ignore_merges=splitting.whole_words))
     if splitting.compose:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splitting.steps())
     tokenizer.decoder = decoders.ByteLevel()
-    control = (TokenType.CONTROL, TokenType.UNKNOWN)
-    by_kind = {token: kind for token, kind in zip(tokens, types, strict=True)}
-    added = {t: AddedToken(t, special=k in control, normalized=False) for t, k in by_kind.items()}
-    tokenizer.add_special_tokens([added[t] for t, k in by_kind.items() if k in control])
-    tokenizer.add_tokens([added[t] for t, k in by_kind.items() if k == TokenType.USER_DEFINED])
-    _add_template(tokenizer, metadata, splitting)
+    add_tokens(tokenizer, pieces)
+    return tokenizer
+
+
+def _sentencepiece(metadata: Mapping[str, Any]) -> Tokenizer:
+    pieces = _pieces(metadata)
+    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    tokenizer = Tokenizer(bpe_model(pieces))
+    tokenizer.normalizer = normalizers.Sequence(spaces(prefix=prefix))
+    tokenizer.decoder = decoder(prefix=prefix)
+    name = str(metadata.get("general.name", "")).lower()
+    is_phi3 = metadata.get("general.architecture") == "phi3" or "phi-3" in name or "phi3" in name
+    strip_right = set(pieces.texts) - set(PHI3_PLAIN) if is_phi3 else ()
+    add_tokens(tokenizer, pieces, strip_right=strip_right, escaped=not prefix)
     return tokenizer
 
 
 def _splitting(metadata: Mapping[str, Any]) -> Splitting:
-    model = metadata.get("tokenizer.ggml.model")
-    if model == "llama":
-        raise UserError(
-            "tokenizer.ggml.model: 'llama' (sentencepiece) tokenizers are not served from GGUF; "
-            "import the model's Hugging Face directory instead"
-        )
-    if model != "gpt2":
-        raise UserError(f"tokenizer.ggml.model: {model!r} is not served; served: 'gpt2' (byte-level BPE)")
     name = metadata.get("tokenizer.ggml.pre")
     known = ", ".join(SPLITTINGS)
     if name is None:
@@ -170,27 +208,16 @@ def _merges(metadata: Mapping[str, Any], vocab: Mapping[str, int]) -> list[tuple
     return merges
 
 
-def _add_template(tokenizer: Tokenizer, metadata: Mapping[str, Any], splitting: Splitting) -> None:
+def _add_bos_and_eos(tokenizer: Tokenizer, metadata: Mapping[str, Any], add_bos: bool) -> None:
     """BOS before and EOS after the text, as the file's flags say."""
-    tokens = metadata["tokenizer.ggml.tokens"]
     wanted = {
-        "bos": metadata.get("tokenizer.ggml.add_bos_token", splitting.add_bos),
+        "bos": metadata.get("tokenizer.ggml.add_bos_token", add_bos),
         "eos": metadata.get("tokenizer.ggml.add_eos_token", False),
     }
-    ids = {role: token_id(metadata, role) for role, add in wanted.items() if add}
-    for role, index in ids.items():
+    found = {}
+    for role in (role for role, add in wanted.items() if add):
+        index = token_id(metadata, role)
         if index is None:
             raise UserError(f"tokenizer.ggml.add_{role}_token: true, but tokenizer.ggml.{role}_token_id is missing")
-    if not ids:
-        return
-    names = {role: tokens[index] for role, index in ids.items() if index is not None}
-    before, after = names.get("bos"), names.get("eos")
-
-    def around(text: str, sequence: int) -> list[str]:
-        return [f"{piece}:{sequence}" for piece in (before, text, after) if piece is not None]
-
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=around("$A", 0),
-        pair=[*around("$A", 0), *around("$B", 1)],
-        special_tokens=[(names[role], index) for role, index in ids.items() if index is not None],
-    )
+        found[role] = (metadata["tokenizer.ggml.tokens"][index], index)
+    surround(tokenizer, found.get("bos"), found.get("eos"))

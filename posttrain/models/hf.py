@@ -10,6 +10,7 @@ import os
 import pkgutil
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -23,6 +24,7 @@ from posttrain import models
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.errors import UserError, UserErrors
 from posttrain.models.decoder import DecoderConfig
+from posttrain.models.embeddings import NewRows, mean_row
 from posttrain.models.weights import (
     INDEX_FILE,
     MAX_SHARD_BYTES,
@@ -157,31 +159,44 @@ def load_generation_config(model_dir: str | os.PathLike[str]) -> dict[str, Any] 
     return read_json(path) if path.is_file() else None
 
 
-def load_params(model_dir: str | os.PathLike[str], config: DecoderConfig, abstract: Params) -> Params:
+def load_params(
+    model_dir: str | os.PathLike[str], config: DecoderConfig, abstract: Params, new_rows: NewRows | None = None
+) -> Params:
     """Reads weights into `abstract`: a nested dict of `jax.ShapeDtypeStruct`, whose dtypes and shardings (default: the
     first local device) the result has.
 
     Each device's part is read by slices, once where several devices hold the same, so the host holds about its
-    devices' share of one parameter at a time. Vocabulary padding is zero. All names, shapes and dtypes are checked
+    devices' share of one parameter at a time. Vocabulary padding is zero; `new_rows`, by which the vocabulary of
+    `config` may exceed that of the files, are means (`embeddings.py`). All names, shapes and dtypes are checked
     first: raises `UserErrors` that list what is missing, extra or misshapen, and `ValueError` where `abstract` is not
     of this config.
     """
     model_dir = Path(model_dir)
-    family = find_family(read_json(model_dir / "config.json").get("model_type"))
+    family, stored = _stored_config(model_dir, config)
     table = {w.path: w for w in family.WEIGHTS if w.when(config)}
     leaves = flatten(abstract)
     shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
     if shapes != {path: weight.shape(config) for path, weight in table.items()}:
         raise ValueError(f"abstract parameters are not those of the config: {shapes}")
+    new_rows = NewRows() if new_rows is None else new_rows
+    if not new_rows.mask(stored.vocab_size, config.vocab_size).all():
+        raise ValueError(f"the files have {stored.vocab_size} of {config.vocab_size} rows, and not all others are new")
     reader = CheckpointReader(model_dir)
-    names = _check_tensors(reader, family, config)
-    return unflatten({path: _load(reader, names, table[path], config, leaf) for path, leaf in leaves.items()})
+    names = _check_tensors(reader, family, stored)
+    return unflatten({path: _load(reader, names, table[path], stored, leaf, new_rows) for path, leaf in leaves.items()})
 
 
 def check_weights(model_dir: str | os.PathLike[str], config: DecoderConfig) -> None:
     """Raises `UserErrors` that list tensors that are missing, extra or misshapen; reads headers only."""
-    family = find_family(read_json(Path(model_dir) / "config.json").get("model_type"))
-    _check_tensors(CheckpointReader(Path(model_dir)), family, config)
+    family, stored = _stored_config(Path(model_dir), config)
+    _check_tensors(CheckpointReader(Path(model_dir)), family, stored)
+
+
+def _stored_config(model_dir: Path, config: DecoderConfig) -> tuple[Family, DecoderConfig]:
+    """The family, and the config with the vocabulary of the files, which that of a run may exceed."""
+    raw = read_json(model_dir / "config.json")
+    family = find_family(raw.get("model_type"))
+    return family, replace(config, vocab_size=min(config.vocab_size, family.config_from_hf(raw).vocab_size))
 
 
 def _check_tensors(reader: CheckpointReader, family: Family, config: DecoderConfig) -> dict[str, str]:
@@ -230,8 +245,9 @@ def _load(
     weight: Weight,
     config: DecoderConfig,
     leaf: jax.ShapeDtypeStruct,
+    new_rows: NewRows,
 ) -> Shaped[Array, "..."]:
-    """One parameter, all layers, on its devices."""
+    """One parameter, all layers, on its devices. `config` is that of the files."""
     sizes = dim_sizes(config)
     blocks: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
 
@@ -256,6 +272,18 @@ def _load(
         if all(low < high for low, high in held):
             inside = tuple(slice(high - low) for low, high in held)
             out[inside] = weight.read(lambda ranges: reader.read(name, ranges), held, sizes)
+        if new_rows and weight.dims[0] == "V":
+            fill_new(out, name, spans)
+
+    def fill_new(out: np.ndarray, name: str, spans: Sequence[tuple[int, int]]) -> None:
+        rows, *rest = spans
+        new = new_rows.mask(*rows)
+
+        def known(start: int, stop: int) -> np.ndarray:
+            return weight.read(lambda ranges: reader.read(name, ranges), [(start, stop), *rest], sizes)
+
+        if new.any():
+            out[new] = mean_row(known, new_rows.known)
 
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.make_array_from_callback(leaf.shape, sharding, block)
@@ -286,7 +314,7 @@ def export_hf(
     name = str(recorded).removeprefix("torch.") if dtype == "original" else dtype
     if name not in WRITABLE_DTYPES:
         raise UserError(f"export dtype: {name!r} is not served; served: original, {', '.join(WRITABLE_DTYPES)}")
-    written = _exported_config(family.config_to_hf(config, raw_config), name)
+    written = _with_stops(_exported_config(family.config_to_hf(config, raw_config), name), tokenizer)
     generation = _with_stops(dict(generation_config or _ids_of(raw_config)), tokenizer)
     _agree_free(target)
     tensors = stored_tensors(family.WEIGHTS, config)

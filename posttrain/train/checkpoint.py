@@ -5,7 +5,8 @@ The position in the data is the step itself (see `data/pipeline.py`).
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -64,6 +65,11 @@ class Checkpoints:
             metrics=None if metrics is None else dict(metrics),
         )
 
+    def read_meta(self, step: int) -> dict[str, Any]:
+        """What was saved beside the state. Raises `UserError` for a checkpoint that cannot be read."""
+        with self._readable(step):
+            return self._checkpointer.load_checkpointables(step, {"meta": None})["meta"]
+
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """State and meta of a checkpoint, placed by the shardings of `abstract`.
 
@@ -78,18 +84,22 @@ class Checkpoints:
         return self._load(step, {"params": abstract}, partial=True)["state"]["params"]
 
     def _load(self, step: int, tree: dict[str, Any], *, partial: bool) -> dict[str, Any]:
-        where = self.directory / str(step)
         loading = v1.options.PyTreeOptions.Loading(partial_load=partial)
-        try:
+        with self._readable(step):
             found = self._checkpointer.checkpointables_metadata(step).metadata["state"]
             problems = _disagreements(tree, {name: found[name] for name in tree})
             if problems:
-                raise UserErrors([f"{where}: {problem}" for problem in problems])
+                raise UserErrors([f"{self.directory / str(step)}: {problem}" for problem in problems])
             with v1.Context(pytree_options=v1.options.PyTreeOptions(loading=loading)):
                 return self._checkpointer.load_checkpointables(step, {"state": tree, "meta": None})
+
+    @contextmanager
+    def _readable(self, step: int) -> Iterator[None]:
+        try:
+            yield
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
-                f"{where}: the checkpoint cannot be read: {error}\n"
+                f"{self.directory / str(step)}: the checkpoint cannot be read: {error}\n"
                 "If it is damaged, move that directory away: the run then goes on from the checkpoint before it."
             ) from error
 

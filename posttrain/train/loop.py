@@ -20,7 +20,7 @@ from posttrain.train.checkpoint import BEST_METRIC, Checkpoints
 from posttrain.train.flops import StepFlops, peak_flops
 from posttrain.train.heldout import DatasetLoss, global_batches
 from posttrain.train.metrics import Console, MetricsLog, Throughput
-from posttrain.train.resume import check_resume, save_config
+from posttrain.train.resume import check_resume, check_vocabulary, save_config
 from posttrain.train.setup import Experiment
 from posttrain.train.step import Scalars, make_train_step
 from posttrain.train.stop import StopRequest
@@ -94,7 +94,10 @@ def run(experiment: Experiment) -> RunResult:
     if start is None:
         state, tokens_seen, start, meta = experiment.initial_state(), 0, 0, {}
         console.note(f"starting at step 0 of {last_step} in {run_dir}")
+        if asked := config.tokenizer.add_special_tokens:
+            console.note(f"new tokens: {experiment.model.new_rows.describe(asked)}")
     else:
+        check_vocabulary(run_dir, checkpoints.read_meta(start)["vocabulary"], experiment.model.vocabulary)
         state, meta = checkpoints.restore(start, experiment.abstract_state())
         tokens_seen = int(meta["num_tokens"])
         if meta["data"] != data.fingerprint:
@@ -131,7 +134,12 @@ def run(experiment: Experiment) -> RunResult:
     def save(step: int, state: TrainState, values: dict[str, float] | None) -> None:
         log.sync()
         best = None if values is None else {BEST_METRIC: values[BEST_METRIC]}
-        meta = {"num_tokens": tokens_seen, "data": data.fingerprint, "evaluated": values is not None}
+        meta = {
+            "num_tokens": tokens_seen,
+            "data": data.fingerprint,
+            "vocabulary": experiment.model.vocabulary,
+            "evaluated": values is not None,
+        }
         checkpoints.save(step, state, meta, best)
         throughput.pause()
 

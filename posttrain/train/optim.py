@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from posttrain.config import OptimizerConfig
 from posttrain.errors import UserError
@@ -47,7 +47,7 @@ class Optimizer:
 
     schedule: Schedule
     trained: dict[str, Selection]
-    """By path: True, or a boolean per layer; frozen parameters are absent."""
+    """By path: True, or a boolean per layer or row; frozen parameters are absent."""
     transform: optax.GradientTransformation
 
     def split(self, params: Params) -> tuple[Params, Params]:
@@ -62,8 +62,8 @@ class Optimizer:
         with jax.numpy_dtype_promotion("standard"):  # optax mixes Python and array scalars
             return self.transform.init(jax.tree.map(lambda p: p.astype(jnp.float32), trained))
 
-    def mask_frozen_layers(self, tree: Params) -> Params:
-        """Zeros where only some layers of a stacked parameter are trained."""
+    def mask_frozen(self, tree: Params) -> Params:
+        """Zeros where only some layers of a stacked parameter, or some rows of an embedding, are trained."""
         leaves = flatten(tree)
         for path, chosen in self.trained.items():
             if isinstance(chosen, np.ndarray):
@@ -78,7 +78,7 @@ class Optimizer:
         wide = jax.tree.map(lambda p: p.astype(jnp.float32), trained)
         with jax.numpy_dtype_promotion("standard"):
             updates, state = self.transform.update(gradients, state, wide)
-        masked = self.mask_frozen_layers(cast(Params, updates))
+        masked = self.mask_frozen(cast(Params, updates))
         return jax.tree.map(lambda old, p, u: (p - learning_rate * u).astype(old.dtype), trained, wide, masked), state
 
     def state_shardings(self, trained: Params, shardings: Params, whole: Any) -> Any:
@@ -89,8 +89,14 @@ class Optimizer:
         )
 
 
-def make_optimizer(config: OptimizerConfig, shapes: Mapping[str, tuple[int, ...]], total_steps: int) -> Optimizer:
-    """`shapes` holds every parameter's shape by path. Raises `UserErrors` for patterns that name nothing."""
+def make_optimizer(
+    config: OptimizerConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    total_steps: int,
+    new_rows: Mapping[str, Bool[np.ndarray, "V"]] | None = None,
+) -> Optimizer:
+    """`shapes` holds every parameter's shape by path, `new_rows` which rows of the embeddings are of new tokens. Raises
+    `UserErrors` for patterns that name nothing."""
     frozen = select(config.freeze, shapes, "optimizer.freeze")
     present = [p for p in config.no_decay if p not in OptimizerConfig().no_decay or _names_something(p, shapes)]
     undecayed = select(present, shapes, "optimizer.no_decay")
@@ -99,6 +105,14 @@ def make_optimizer(config: OptimizerConfig, shapes: Mapping[str, tuple[int, ...]
         for path, chosen in frozen.items()
         if chosen is not True
     }
+    if config.only_new_tokens:
+        chosen = {path: rows for path, rows in (new_rows or {}).items() if rows.any()}
+        if not chosen:
+            raise UserError(
+                "optimizer.only_new_tokens: there are none, so nothing would be trained; fix: name tokens in "
+                "tokenizer.add_special_tokens that the vocabulary does not have yet, or train more"
+            )
+        trained = {path: rows for path, rows in chosen.items() if path in trained}
     if not trained:
         raise UserError("optimizer.freeze: every parameter is frozen, nothing would be trained; freeze less")
     schedule = make_schedule(config, total_steps)

@@ -1,5 +1,6 @@
 """May this config go on in this run directory? Nothing restarts at step 0, and nothing is written over, unasked."""
 
+import json
 from datetime import date, datetime, time
 from typing import Any
 
@@ -78,6 +79,22 @@ def check_resume(run_dir: epath.Path, config: Config, latest: int | None) -> lis
             + [f"so this would be another run than the one at step {latest}: restore the values or use another run.dir"]
         )
     return [item for item in differences if item[0] != "run.resume"]
+
+
+def check_vocabulary(where: epath.Path, saved: str, current: str) -> None:
+    """Raises `UserError` where a checkpoint's embedding rows belong to other tokens than this config's; both as
+    `ModelSetup.vocabulary` writes them. Padding in memory hides it from a comparison of shapes."""
+    if saved == current:
+        return
+    described = []
+    for text in (saved, current):
+        vocabulary = json.loads(text)
+        new = ", ".join(f"{id} {token}" for token, id in vocabulary["new_tokens"].items())
+        described.append(f"{vocabulary['size']} rows, new tokens {new or 'none'}")
+    raise UserError(
+        f"{where}: the checkpoint's embedding has {described[0]}; with this config it has {described[1]}; "
+        "restore tokenizer.add_special_tokens and the model and tokenizer that the run started from"
+    )
 
 
 def save_config(run_dir: epath.Path, config: Config, clock: datetime | None) -> None:

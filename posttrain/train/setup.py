@@ -1,18 +1,22 @@
 """What a run is made of: described, placed and ready to load. `experiment.py` builds these from a config."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Bool
 
 from posttrain.config import Config
 from posttrain.data.pipeline import Datasets
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.models import hf
 from posttrain.models.decoder import AbstractDecoder, Decoder, DecoderConfig
+from posttrain.models.embeddings import NewRows
 from posttrain.parallel.sharding import Placement, flatten, replicated, unflatten
 from posttrain.records import Params, TrainState
 from posttrain.train.optim import Optimizer
@@ -30,6 +34,20 @@ class ModelSetup:
     mesh: Mesh
     placements: dict[str, Placement]
     compute_dtype: Any
+    new_rows: NewRows = field(default_factory=NewRows)
+    """Embedding rows of tokens that this run adds; `config` has them."""
+
+    @property
+    def vocabulary(self) -> str:
+        """What a checkpoint must agree with beside shapes, as JSON."""
+        return json.dumps({"size": self.config.vocab_size, "new_tokens": dict(self.new_rows.tokens)})
+
+    @property
+    def new_row_masks(self) -> dict[str, Bool[np.ndarray, "V"]]:
+        """Which rows are of new tokens, by the paths of the input embedding and of an untied head."""
+        shapes = flatten(self.decoder.shapes)
+        tables = [path for path, axes in self.decoder.axes.items() if axes[0] == "vocab"]
+        return {path: self.new_rows.mask(0, shapes[path].shape[0]) for path in tables}
 
     @property
     def abstract_params(self) -> Params:
@@ -41,8 +59,8 @@ class ModelSetup:
         return unflatten(leaves)
 
     def load(self) -> Params:
-        """The parameters, read straight into their places."""
-        return hf.load_params(self.directory, self.config, self.abstract_params)
+        """The pretrained parameters, read straight into their places."""
+        return hf.load_params(self.directory, self.config, self.abstract_params, self.new_rows)
 
     def model(self, params: Params) -> Decoder:
         """The decoder with these parameters in the compute dtype; call under jit."""

@@ -116,7 +116,7 @@ def make_train_step(loss: LossSums, optimizer: Optimizer) -> Callable[[TrainStat
         totals = loss.totals(batch)
         trained, frozen = optimizer.split(state.params)
         gradients, sums, metrics = loss.gradients(trained, frozen, batch, totals)
-        gradients = optimizer.mask_frozen_layers(gradients)
+        gradients = optimizer.mask_frozen(gradients)
         logged = report(loss.objective, sums, totals, metrics)
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(norm) & jnp.isfinite(logged["loss"])

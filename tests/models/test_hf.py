@@ -670,7 +670,9 @@ def test_tokenizer_and_generation_config_travel_along(tmp_path):
     )
     assert Tokenizer.load(str(out)).encode("abba<turn>") == [2, 1, 0, 4]
     assert load_generation_config(out) == {"top_p": 0.9, "eos_token_id": [3, 4]}
+    assert json.loads((out / "config.json").read_text())["eos_token_id"] == [3, 4, 2]  # some stacks read it there
     plain = export_hf(params, config, tmp_path / "plain", raw_config=raw)
+    assert json.loads((plain / "config.json").read_text())["eos_token_id"] == 2
     assert load_generation_config(plain) == {"bos_token_id": 1, "eos_token_id": 2}
     both = export_hf(params, config, tmp_path / "both", raw_config=raw, tokenizer=tokenizer)
     assert load_generation_config(both) == {"bos_token_id": 1, "eos_token_id": [3, 4, 2]}

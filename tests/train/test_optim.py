@@ -51,7 +51,7 @@ def test_adamw_with_clipping_decay_and_freezing(freeze: tuple[str, ...]) -> None
 
     @jax.jit
     def update(trained: dict, state: object, gradients: dict) -> tuple:
-        return optimizer.update(optimizer.mask_frozen_layers(gradients), state, trained, jnp.float32(0.1))
+        return optimizer.update(optimizer.mask_frozen(gradients), state, trained, jnp.float32(0.1))
 
     for step in range(5):
         gradients = unflatten({k: jnp.asarray(v) for k, v in arrays(step + 1).items() if k in optimizer.trained})
@@ -67,6 +67,41 @@ def test_adamw_with_clipping_decay_and_freezing(freeze: tuple[str, ...]) -> None
     for path, value in (flatten(trained) | flatten(frozen)).items():
         # f32 cancels in 1 - 0.999**t: 6e-5 relative, half of it in the root, on updates of 0.1
         np.testing.assert_allclose(np.asarray(value), expected[path], rtol=2e-5, atol=1e-5, err_msg=path)
+
+
+def test_only_new_tokens_trains_their_rows_and_leaves_all_else_bitwise() -> None:
+    rows = np.array([False, False, True, False, True, False])
+    config = OptimizerConfig(
+        learning_rate=0.1,
+        schedule="constant",
+        warmup_ratio=0,
+        weight_decay=0.3,
+        max_grad_norm=0.7,
+        only_new_tokens=True,
+    )
+    optimizer = make_optimizer(config, SHAPES, 5, {"embed/embedding": rows})
+    trained, frozen = optimizer.split(unflatten({k: jnp.asarray(v) for k, v in arrays(0).items()}))
+    assert set(flatten(trained)) == {"embed/embedding"} and len(flatten(frozen)) == 2
+    state = optimizer.init(trained)
+    for step in range(5):
+        gradients = optimizer.mask_frozen({"embed": {"embedding": jnp.asarray(arrays(step + 1)["embed/embedding"])}})
+        trained, state = optimizer.update(gradients, state, trained, jnp.float32(0.1))
+    found = np.asarray(trained["embed"]["embedding"])
+    np.testing.assert_array_equal(found[~rows], arrays(0)["embed/embedding"][~rows])
+    masks = dict.fromkeys(SHAPES, np.float64(0.0)) | {"embed/embedding": rows[:, None].astype(np.float64)}
+    expected = numpy_adamw(config, 5, dict.fromkeys(SHAPES, 1.0), masks)["embed/embedding"]
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-5)
+
+
+def test_only_new_tokens_without_any_and_beside_freeze() -> None:
+    config = OptimizerConfig(only_new_tokens=True)
+    for none in (None, {}, {"embed/embedding": np.zeros(6, bool)}):
+        with pytest.raises(UserError, match=r"only_new_tokens: there are none.*tokenizer\.add_special_tokens"):
+            make_optimizer(config, SHAPES, 5, none)
+    rows = {"embed/embedding": np.arange(6) > 4}
+    assert list(make_optimizer(config, SHAPES, 5, rows).trained) == ["embed/embedding"]
+    with pytest.raises(UserError, match="every parameter is frozen"):
+        make_optimizer(OptimizerConfig(only_new_tokens=True, freeze=("embed/.*",)), SHAPES, 5, rows)
 
 
 def expected_rate(name: str, step: int, total: int, warmup: int) -> float:

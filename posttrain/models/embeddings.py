@@ -1,0 +1,70 @@
+"""A vocabulary that grows: which embedding rows belong to tokens that the model has never seen, and what they start as.
+
+`experiment.py` grows the config before anything is placed, `hf.py` fills the rows while it reads the weights; a resumed
+run takes them from its checkpoint, like any other.
+
+Every new row, of the input embedding as of an untied head, starts as the mean of the rows of the tokens that the
+tokenizer had before. A new token's logit is then the mean of the old ones, so its probability is at most their average
+and the old tokens keep theirs almost unchanged (Hewitt 2021, Initializing New Word Embeddings for Pretrained Language
+Models); small random rows have logits about 0, which may be far above all others. The mean is summed in float64 from
+the files, block by block and only over the dims of a device's part: it is the same on every mesh, and no host holds the
+embedding.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from jaxtyping import Bool, Float64, Shaped
+
+from posttrain.data.tokenizer import Tokenizer
+from posttrain.errors import UserError
+from posttrain.models.decoder import DecoderConfig
+
+BLOCK_ROWS = 1024
+"""Rows that are read at a time for the mean."""
+
+
+@dataclass(frozen=True)
+class NewRows:
+    """Embedding rows without a trained value."""
+
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    """The new tokens and their ids, which are consecutive."""
+    known: int = 0
+    """The rows below belong to tokens that the tokenizer had before."""
+
+    def __bool__(self) -> bool:
+        return bool(self.tokens)
+
+    def mask(self, start: int, stop: int) -> Bool[np.ndarray, "rows"]:
+        """Which of the rows `start` to `stop` are new."""
+        return np.isin(np.arange(start, stop), list(self.tokens.values()))
+
+    def describe(self, asked: Sequence[str]) -> str:
+        """What became of the tokens that were to be added, in one line."""
+        shown = ", ".join(f"{token} {id}" for token, id in self.tokens.items())
+        parts = [f"{shown} (rows start as the mean of the {self.known:,} before)"] if shown else ["none"]
+        kept = [token for token in asked if token not in self.tokens]
+        return "; ".join(parts + ([f"in the vocabulary already, rows kept: {', '.join(kept)}"] if kept else []))
+
+
+def grow_vocabulary(config: DecoderConfig, tokenizer: Tokenizer) -> tuple[DecoderConfig, NewRows]:
+    """The config with a row for every token, and which rows are new. New tokens take rows that the model has beyond its
+    tokenizer's vocabulary, if it has some. Raises `UserError` where the tokenizer is that of another model."""
+    known = tokenizer.vocab_size - len(tokenizer.new_tokens)
+    if known > config.vocab_size:
+        raise UserError(
+            f"tokenizer: it has {known} tokens, the model's embedding only {config.vocab_size}; "
+            "they do not belong together (check tokenizer.path)"
+        )
+    grown = replace(config, vocab_size=max(config.vocab_size, tokenizer.vocab_size))
+    return grown, NewRows(tokenizer.new_tokens, known)
+
+
+def mean_row(read: Callable[[int, int], Shaped[np.ndarray, "rows *dims"]], count: int) -> Float64[np.ndarray, "*dims"]:
+    """Mean of the rows 0 to `count`; `read(start, stop)` gives some of them."""
+    total = np.zeros((), np.float64)
+    for start in range(0, count, BLOCK_ROWS):
+        total = total + read(start, min(start + BLOCK_ROWS, count)).astype(np.float64).sum(axis=0)
+    return total / count
