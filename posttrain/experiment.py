@@ -1,27 +1,33 @@
 """From a config to everything a run needs, built and checked: `train`, `evaluate`, `plan` and `inspect` share it.
 
-Order: what the config alone can tell, then the model's `config.json`, then the devices, then the data, then weights.
+Order: what the config alone can tell, then the tokenizer, which may have new tokens, the model's `config.json`, the
+devices, the data, the weights.
 """
 
 import inspect
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pydantic
 from etils import epath
 from jax.sharding import Mesh
 
-from posttrain.config import Config, MeshConfig, ModelConfig, ObjectiveConfig, describe_errors, dump_config
-from posttrain.data.pipeline import build_datasets
+from posttrain.config import Config, DataConfig, MeshConfig, ModelConfig, ObjectiveConfig, describe_errors, dump_config
+from posttrain.data.inspect import Inspection, InspectOptions, gather
+from posttrain.data.pipeline import Datasets, build_datasets
+from posttrain.data.stats import SourceStats
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.errors import UserError, UserErrors
 from posttrain.models import hf
-from posttrain.models.decoder import ComputeOptions, DecoderConfig, Remat, abstract_decoder
+from posttrain.models.decoder import ComputeOptions, Remat, abstract_decoder
+from posttrain.models.embeddings import NewRows, grow_vocabulary
 from posttrain.objectives import supervised
-from posttrain.parallel.mesh import barrier, check_mesh, make_mesh, row_shards, start_processes
+from posttrain.parallel.mesh import barrier, check_mesh, gather_texts, make_mesh, row_shards, start_processes
 from posttrain.parallel.sharding import flatten, place
 from posttrain.records import Objective
 from posttrain.train.metrics import table
@@ -35,11 +41,10 @@ OBJECTIVE_MODULES = (supervised,)
 
 def check_config(config: Config) -> list[str]:
     """Problems that need no file and no device: combinations, and what is not served yet."""
-    data, model, problems = config.data, config.model, check_mesh(config.mesh)
+    model, problems = config.model, check_mesh(config.mesh)
     unserved = {
         "model.lora": model.lora,
         "reference": config.reference,
-        "tokenizer.add_special_tokens": config.tokenizer.add_special_tokens,
         "log.wandb": config.log.wandb,
     }
     problems += [f"{key} = {value!r}: not served yet; leave it out" for key, value in unserved.items() if value]
@@ -47,11 +52,30 @@ def check_config(config: Config) -> list[str]:
         problems.append("model.remat = offload: not served yet; use none, minimal, dots or full")
     if not model.path:
         problems.append("model.path is empty: give a Hugging Face directory or a hub id")
+    problems += _token_problems(config)
+    problems += _data_problems(config.data)
+    if config.log.profile_steps is not None and not 0 <= config.log.profile_steps[0] < config.log.profile_steps[1]:
+        problems.append(f"log.profile_steps = {config.log.profile_steps}: give first < last, counted from 0")
+    try:
+        build_objective(config.objective)
+    except UserErrors as error:
+        problems += error.problems
+    return problems
+
+
+def _data_problems(data: DataConfig) -> list[str]:
+    problems = []
     for i, source in enumerate(data.train):
         if not source.path:
             problems.append(f"data.train.{i}.path is empty: give a JSONL, JSON or Parquet file")
-        if source.weight != 1.0:
-            problems.append(f"data.train.{i}.weight = {source.weight}: only 1.0 is served yet")
+    if not data.train:
+        problems.append("data.train names no source: give at least one path")
+    unweighted = [str(i) for i, source in enumerate(data.train) if source.weight is None]
+    if 0 < len(unweighted) < len(data.train):
+        problems.append(
+            f"data.train: {', '.join(unweighted)} of the sources 0 to {len(data.train) - 1} have no weight, the others "
+            "have one: give every source a weight, or none"
+        )
     if data.max_length > data.row_length:
         problems.append(
             f"data.max_length = {data.max_length} is over data.row_length = {data.row_length}: "
@@ -59,12 +83,16 @@ def check_config(config: Config) -> list[str]:
         )
     if data.heldout.path and "fraction" in data.heldout.model_fields_set and data.heldout.fraction > 0.0:
         problems.append("data.heldout: both path and fraction are given; keep one (fraction: 0 with a path)")
-    if config.log.profile_steps is not None and not 0 <= config.log.profile_steps[0] < config.log.profile_steps[1]:
-        problems.append(f"log.profile_steps = {config.log.profile_steps}: give first < last, counted from 0")
-    try:
-        build_objective(config.objective)
-    except UserErrors as error:
-        problems += error.problems
+    return problems
+
+
+def _token_problems(config: Config) -> list[str]:
+    tokens = config.tokenizer.add_special_tokens
+    problems = [f"tokenizer.add_special_tokens: {t!r}: a token needs visible text" for t in tokens if not t.strip()]
+    twice = sorted({token for token in tokens if tokens.count(token) > 1})
+    problems += [f"tokenizer.add_special_tokens: {token!r} stands there twice; remove one" for token in twice]
+    if config.optimizer.only_new_tokens and not tokens:
+        problems.append("optimizer.only_new_tokens: tokenizer.add_special_tokens is empty, so nothing would be trained")
     return problems
 
 
@@ -113,10 +141,14 @@ def batch_split(config: Config, sizes: dict[str, int]) -> tuple[int, int]:
     return rows // micro, micro
 
 
-def setup_model(config: ModelConfig, mesh_config: MeshConfig) -> ModelSetup:
-    """Reads the model's `config.json`, starts the devices and places every parameter; loads nothing yet."""
+def setup_model(config: ModelConfig, mesh_config: MeshConfig, tokenizer: Tokenizer | None = None) -> ModelSetup:
+    """Reads the model's `config.json`, starts the devices and places every parameter; loads nothing yet. With a
+    tokenizer the embeddings have a row for each of its tokens."""
     directory = hf.resolve_model(config.path, config.revision)
     decoder_config, raw = hf.load_config(directory)
+    new_rows = NewRows()
+    if tokenizer is not None:
+        decoder_config, new_rows = grow_vocabulary(decoder_config, tokenizer)
     start_processes(mesh_config)
     mesh = make_mesh(mesh_config)
     compute = config.dtype
@@ -127,7 +159,7 @@ def setup_model(config: ModelConfig, mesh_config: MeshConfig) -> ModelSetup:
     decoder = abstract_decoder(decoder_config, dtype=jnp.dtype(config.params_dtype), options=options)
     shapes = flatten(decoder.shapes)
     placements = {path: place(axes, shapes[path].shape, mesh) for path, axes in decoder.axes.items()}
-    return ModelSetup(directory, decoder_config, raw, decoder, mesh, placements, jnp.dtype(compute))
+    return ModelSetup(directory, decoder_config, raw, decoder, mesh, placements, jnp.dtype(compute), new_rows)
 
 
 def load_tokenizer(config: Config) -> Tokenizer:
@@ -135,18 +167,53 @@ def load_tokenizer(config: Config) -> Tokenizer:
     chosen = config.tokenizer
     path, revision = (chosen.path, None) if chosen.path else (config.model.path, config.model.revision)
     load = partial(
-        Tokenizer.load, path, revision=revision, chat_template=chosen.chat_template, eos_token=chosen.eos_token
+        Tokenizer.load,
+        path,
+        revision=revision,
+        chat_template=chosen.chat_template,
+        chat_template_kwargs=chosen.chat_template_kwargs,
+        add_special_tokens=chosen.add_special_tokens,
+        eos_token=chosen.eos_token,
     )
     tokenizer = load()
     return load(clock=run_clock(epath.Path(config.run.dir))) if tokenizer.writes_date else tokenizer
 
 
-def build(config: Config) -> Experiment:
-    """Everything but the weights. Raises `UserErrors` with all that the config alone gets wrong, at once."""
+def build_data(config: Config, tokenizer: Tokenizer, **options: Any) -> Datasets:
+    """The data sets of a run; `options` are those of `build_datasets` that are not the config's. Touches no device."""
+    return build_datasets(
+        config.data,
+        tokenizer,
+        global_batch_size=config.train.global_batch_size,
+        max_steps=config.train.max_steps,
+        seed=config.run.seed,
+        **options,
+    )
+
+
+def inspect_data(config: Config, options: InspectOptions) -> Inspection:
+    """The data of a run as the model sees it. Needs a tokenizer: no weights, no device."""
+    problems = _token_problems(config) + _data_problems(config.data)
+    if not (config.tokenizer.path or config.model.path):
+        problems.append("model.path and tokenizer.path are empty: name the one whose tokenizer is to be used")
+    if problems:
+        raise UserErrors(problems)
+
+    def build(data: DataConfig) -> Datasets:
+        return build_data(config.model_copy(update={"data": data}), tokenizer, rejects_dir=None)
+
+    tokenizer = load_tokenizer(config)
+    return gather(config.data, tokenizer, build, options, seed=config.run.seed)
+
+
+def build(config: Config, *, rejects_dir: str | None = None) -> Experiment:
+    """Everything but the weights. Bad rows that are skipped are written to `rejects_dir`, if one is given. Raises
+    `UserErrors` with all that the config alone gets wrong, at once."""
     problems = check_config(config)
     if problems:
         raise UserErrors(problems)
-    model = setup_model(config.model, config.mesh)
+    tokenizer = load_tokenizer(config)
+    model = setup_model(config.model, config.mesh, tokenizer)
     reduced = config.train.grad_reduce_dtype
     if reduced is not None and reduced != model.compute_dtype.name:
         raise UserError(
@@ -156,19 +223,15 @@ def build(config: Config) -> Experiment:
     hf.check_weights(model.directory, model.config)
     accumulation, micro_rows = batch_split(config, dict(model.mesh.shape))
     shapes = {path: leaf.shape for path, leaf in flatten(model.decoder.shapes).items()}
-    optimizer = partial(make_optimizer, config.optimizer, shapes)
+    optimizer = partial(make_optimizer, config.optimizer, shapes, new_rows=model.new_row_masks)
     optimizer(total_steps=1)  # its patterns are checked before the data is read, which tells the number of steps
-    tokenizer = load_tokenizer(config)
-    _check_vocabulary(tokenizer, model.config)
-    data = build_datasets(
-        config.data,
+    data = build_data(
+        config,
         tokenizer,
-        global_batch_size=config.train.global_batch_size,
-        max_steps=config.train.max_steps,
-        seed=config.run.seed,
         heldout_batch_size=micro_rows,
-        rejects_dir=config.run.dir,
+        rejects_dir=rejects_dir,
         barrier=barrier,
+        gather=gather_texts,
         is_main=jax.process_index() == 0,
     )
     loss = LossSums(model.decoder, build_objective(config.objective), model.compute_dtype)
@@ -177,37 +240,50 @@ def build(config: Config) -> Experiment:
     )
 
 
-def _check_vocabulary(tokenizer: Tokenizer, model: DecoderConfig) -> None:
-    if tokenizer.vocab_size > model.vocab_size:
-        raise UserError(
-            f"tokenizer: it has {tokenizer.vocab_size} tokens, the model's embedding only {model.vocab_size}; "
-            "they do not belong together (check tokenizer.path)"
-        )
-
-
 def describe(experiment: Experiment) -> None:
     """Prints the resolved config and the parameter, sharding and batch tables."""
     if jax.process_index() != 0:
         return
     config, model, data = experiment.config, experiment.model, experiment.data
+    asked = config.tokenizer.add_special_tokens
     print(dump_config(config))
     columns = ("parameter", "shape", "split over", "MiB per device", "kept whole", "trained")
     table("Parameters", columns, _parameter_rows(experiment))
     train = data.train
+    uses = [source.epoch for source in data.stats if source.epoch is not None]
     rows = [
         ("mesh", _mesh_text(model.mesh)),
         ("compute, parameters", f"{model.compute_dtype}, {config.model.params_dtype}"),
+        *([("new tokens", model.new_rows.describe(asked))] if asked else []),
         ("attention, remat", f"{model.decoder.options.attention}, {model.decoder.options.remat}"),
         ("rows per optimizer step", f"{train.global_batch_size} of {train.row_length} tokens"),
         ("accumulation steps x rows", f"{experiment.accumulation} x {experiment.micro_rows}"),
         ("rows per device and accumulation step", f"{experiment.micro_rows // row_shards(model.mesh.shape)}"),
-        ("training samples, tokens", f"{len(train.table):,}, {train.table.num_tokens:,}"),
-        ("trained tokens", f"{train.table.num_trained_tokens:,}"),
+        ("samples, tokens of an epoch", f"{train.num_samples:,}, {train.num_tokens:,}"),
+        ("trained tokens of an epoch", f"{sum(use.trained_tokens for use in uses):,}"),
         ("packed rows, filled", f"{train.num_rows:,}, {train.efficiency:.1%}"),
         ("held-out samples", f"{len(data.heldout.table):,}" if data.heldout else "none"),
         ("optimizer steps", f"{train.num_steps:,} ({', '.join(map(str, train.steps_per_epoch[:8]))} per epoch)"),
     ]
     table("Batches", ("what", "value"), rows)
+    columns = ("source", "samples", "used an epoch", "passes", "of all samples", "of all tokens", "of trained tokens")
+    table("Sources, as an epoch mixes them", columns, _source_rows(data.stats))
+
+
+def _source_rows(stats: Sequence[SourceStats]) -> list[tuple[str, ...]]:
+    return [
+        (
+            f"{source.key} {source.path}",
+            f"{use.available:,}",
+            f"{use.samples:,}",
+            f"{use.passes:.4g}",
+            f"{use.sample_share:.1%}",
+            f"{use.token_share:.1%}",
+            f"{use.trained_share:.1%}",
+        )
+        for source in stats
+        if (use := source.epoch) is not None
+    ]
 
 
 def _parameter_rows(experiment: Experiment) -> list[tuple[str, ...]]:
@@ -217,9 +293,9 @@ def _parameter_rows(experiment: Experiment) -> list[tuple[str, ...]]:
         mebibytes = leaf.dtype.itemsize * math.prod(placement.sharding.shard_shape(leaf.shape)) / 2**20
         axes = ", ".join(str(entry or "-") for entry in placement.sharding.spec)
         chosen = experiment.optimizer.trained.get(path, False)
-        trained = (
-            "yes" if chosen is True else "no" if chosen is False else f"{int(chosen.sum())} of {len(chosen)} layers"
-        )
+        trained = "yes" if chosen is True else "no"
+        if isinstance(chosen, np.ndarray):
+            trained = f"{int(chosen.sum())} of {len(chosen)} {'layers' if path.startswith('layers/') else 'rows'}"
         shape = " x ".join(map(str, leaf.shape))
         rows.append((path, shape, axes, f"{mebibytes:.2f}", "; ".join(placement.repeated), trained))
         total, per_device = total + math.prod(leaf.shape), per_device + mebibytes

@@ -1,49 +1,45 @@
 """The token cache on disk: tokenized samples, written once, memory-mapped by every run that reads them.
 
-Stands between `sources.py`, which fills it, and `pipeline.py`, which needs every length before the first step. One
+Stands between `sources.py`, which fills it, and `samples.py`, which needs every length before the first step. One
 directory per data file, named by a hash of the facts that decide its content. Samples are kept whole: `max_length` and
 truncation apply when they are read, so that changing them tokenizes nothing again. Rows that could not be used are kept
 beside the good ones, so that what to do about them is no fact either.
 
 A cache is right or absent: it is built in a directory beside its place, synced, and renamed; sizes and checksums are
-compared at each opening, and what does not agree is built anew.
+compared at each opening, and what does not agree is built anew. The same facts give the same bytes, whoever builds.
 """
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
-import socket
-import time
-import uuid
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int32, Int64
+from jaxtyping import Float32, Int32, Int64, UInt64
 
+from posttrain.data.blocks import COLUMNS, Block
 from posttrain.data.chat import Sample
+from posttrain.data.claims import claimed, lock_of, remove_abandoned, sync, sync_directory, temporary_name
 from posttrain.errors import UserError
 
 log = logging.getLogger(__name__)
 
-_ARRAYS: dict[str, type[np.generic]] = {
-    "tokens": np.int32,
-    "loss_weights": np.float32,
-    "offsets": np.int64,
-    "lines": np.int64,
-    "trained": np.int32,
-}
+_ARRAYS = {"offsets" if name == "lengths" else name: dtype for name, dtype in COLUMNS.items()}
 _META, _REJECTS = "meta.json", "rejects.jsonl"
 _CHUNK = 1 << 22
-_ABANDONED_SECONDS = 24 * 3600
+
+
+class CacheDirError(UserError):
+    """The directory of the caches cannot be used: it is no use to go on with the next file."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +57,19 @@ class TokenCache:
     """Where in the data file each sample comes from, counted as `read_rows` counts."""
     trained: Int32[np.ndarray, "samples"]
     """Tokens with a loss weight in each whole sample, but for its first token, which nothing predicts."""
+    hashes: UInt64[np.ndarray, "samples"]
+    """The first 8 bytes of BLAKE2b over each sample's tokens and loss weights."""
+    prompt_hashes: UInt64[np.ndarray, "samples"]
+    """The same over the tokens before the first trained one; 0 where nothing is trained."""
+    rows: int
+    """Records read from the file, bad ones included."""
+    left_out: int
+    """Records that the source's options leave out."""
     bad_rows: int
+    notes: Mapping[str, int]
+    """How many samples carry each note of the encoder."""
     checksum: int
-    """Of the tokens, weights and borders of all samples: equal for equal samples."""
+    """32 bits of the tokens, weights and borders of all samples: equal for equal samples."""
 
     @property
     def num_samples(self) -> int:
@@ -85,28 +91,32 @@ class CacheWriter:
         self._sums = {name: {"bytes": 0, "crc32": 0} for name in names}
         self._stack = contextlib.ExitStack()
         self._files = {name: self._stack.enter_context((directory / name).open("wb")) for name in names}
-        self.counts = {"samples": 0, "tokens": 0, "bad_rows": 0}
+        self._notes: Counter[str] = Counter()
+        self._lines = 0
+        self.counts = {"samples": 0, "tokens": 0, "bad_rows": 0, "rows": 0, "left_out": 0}
         self._append("offsets.bin", np.zeros(1, np.int64).tobytes())
 
     def append(self, samples: Sequence[Sample], rejects: Sequence[Mapping[str, Any]]) -> None:
-        """Adds samples, and descriptions (JSON objects) of rows that gave none."""
-        for reject in rejects:
-            self._append(_REJECTS, json.dumps(reject).encode() + b"\n")
-        self.counts["bad_rows"] += len(rejects)
-        if not samples:
-            return
-        ends = self.counts["tokens"] + np.cumsum([len(sample.tokens) for sample in samples])
-        arrays = {
-            "tokens": np.concatenate([sample.tokens for sample in samples]),
-            "loss_weights": np.concatenate([sample.loss_weights for sample in samples]),
-            "offsets": ends,
-            "lines": np.array([sample.line for sample in samples]),
-            "trained": np.array([np.count_nonzero(sample.loss_weights[1:]) for sample in samples]),
-        }
-        for name, array in arrays.items():
-            self._append(f"{name}.bin", array.astype(_ARRAYS[name], copy=False).tobytes())
-        self.counts["tokens"] = int(ends[-1])
-        self.counts["samples"] += len(samples)
+        """Adds samples, and descriptions (JSON objects) of rows that gave none; each counts as a row of its own."""
+        self.add(Block.of(samples, rejects, rows=len(samples) + len(rejects)))
+
+    def add(self, block: Block) -> None:
+        """Adds the rows that follow those of the blocks before, whose lines they count on from."""
+        for reject in block.rejects:
+            moved = {**reject, "line": reject["line"] + self._lines}
+            self._append(_REJECTS, json.dumps(moved).encode() + b"\n")
+        columns = dict(block.columns)
+        columns["lines"] = columns["lines"] + self._lines
+        columns["offsets"] = self.counts["tokens"] + np.cumsum(columns.pop("lengths"))
+        for name, dtype in _ARRAYS.items():
+            self._append(f"{name}.bin", columns[name].astype(dtype, copy=False).tobytes())
+        self.counts["samples"] += block.num_samples
+        self.counts["tokens"] += block.num_tokens
+        self.counts["bad_rows"] += len(block.rejects)
+        self.counts["rows"] += block.rows
+        self.counts["left_out"] += block.left_out
+        self._notes.update(block.notes)
+        self._lines += block.lines_read
 
     def _append(self, name: str, data: bytes) -> None:
         self._files[name].write(data)
@@ -117,15 +127,19 @@ class CacheWriter:
     def finish(self, facts: Mapping[str, Any]) -> None:
         """Syncs everything to disk, meta.json last."""
         for file in self._files.values():
-            _sync(file)
+            sync(file)
+        meta = {"facts": facts, **self.counts, "notes": dict(sorted(self._notes.items())), "files": self._sums}
         with open(self._directory / _META, "w", encoding="utf-8") as file:
-            json.dump({"facts": facts, **self.counts, "files": self._sums}, file, indent=1)
-            _sync(file)
-        _sync_directory(self._directory)
+            json.dump(meta, file, indent=1)
+            sync(file)
+        sync_directory(self._directory)
 
     def close(self) -> None:
         """Closes the files, finished or not."""
         self._stack.close()
+
+
+# ---- places ---------------------------------------------------------------------------------------------------------
 
 
 def default_cache_dir() -> Path:
@@ -133,52 +147,78 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "posttrain" / "tokens"
 
 
+def cache_place(facts: Mapping[str, Any], cache_dir: str | None = None) -> Path:
+    """The directory of the cache that `facts` (JSON values) name. Raises UserError where `cache_dir` is not local."""
+    if cache_dir is not None and "://" in cache_dir:
+        raise CacheDirError(
+            f"data.cache_dir: {cache_dir!r} is not a local directory, and the cache is memory-mapped; "
+            "leave it unset or name a local path"
+        )
+    root = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
+    return root / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@contextlib.contextmanager
+def writing(root: Path) -> Iterator[None]:
+    """Makes a CacheDirError of what goes wrong while caches are written."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        fix = "free some space there" if full else "make it writable"
+        raise CacheDirError(
+            f"data.cache_dir: cannot write the token cache in {root}: {error}; {fix}, or name another local "
+            "directory (what is finished there is used by the next start)"
+        ) from error
+
+
+# ---- opening and building -------------------------------------------------------------------------------------------
+
+
 def open_cache(
-    path: str, facts: Mapping[str, Any], build: Callable[[CacheWriter], None], *, cache_dir: str | None = None
-) -> TokenCache:
+    path: str,
+    facts: Mapping[str, Any],
+    build: Callable[[CacheWriter], None],
+    *,
+    cache_dir: str | None = None,
+    wait: bool = True,
+) -> TokenCache | None:
     """The cache that `facts` name, built when there is none.
 
     Args:
       path: the data file, for reports.
       facts: JSON values; everything that decides what `build` writes.
-      build: appends all samples to the writer.
+      build: adds all samples to the writer.
       cache_dir: where caches lie; None for `default_cache_dir()`.
+      wait: for another process that is building it; without, None is returned then.
 
-    One process at a time builds a cache, the others wait for it. Where the file system offers no locks several may
-    build at once: the first to rename wins, and the others take its cache.
+    One process at a time builds a cache. Where the file system offers no locks several may build at once: the first to
+    rename wins, and the others take its cache.
 
     Raises:
-      UserError: the cache directory cannot be used; and whatever `build` raises, except `OSError`.
+      UserError: the cache directory cannot be used (CacheDirError); and whatever `build` raises, except `OSError`.
     """
-    if cache_dir is not None and "://" in cache_dir:
-        raise UserError(
-            f"data.cache_dir: {cache_dir!r} is not a local directory, and the cache is memory-mapped; "
-            "leave it unset or name a local path"
-        )
-    root = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
-    place = root / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
-    if (cache := _read(place, path)) is not None:
+    place = cache_place(facts, cache_dir)
+    root = place.parent
+    if (cache := read_cache(place, path)) is not None:
         return cache
-    try:
+    with writing(root):
         root.mkdir(parents=True, exist_ok=True)
-        with _locked(place, wait=True) as locked:
-            _remove_abandoned(root, place if locked else None)
-            if (cache := _read(place, path, warn=True)) is None:  # not built while this process waited for its turn
+        with claimed(lock_of(place), wait=wait) as claim:
+            if claim == "taken":
+                return None
+            remove_abandoned(root, place if claim == "mine" else None)
+            if (cache := read_cache(place, path, warn=True)) is None:  # not built while this process waited
                 _build(place, path, facts, build)
-                cache = _read(place, path)
-    except OSError as error:
-        fix = "free some space there" if error.errno == errno.ENOSPC else "make it writable"
-        raise UserError(
-            f"data.cache_dir: cannot write the token cache in {root}: {error}; {fix}, or name another local directory"
-        ) from error
+                cache = read_cache(place, path)
     if cache is None:
-        raise UserError(
+        raise CacheDirError(
             f"data.cache_dir: {place} does not read back as it was written; name a directory on another disk"
         )
     return cache
 
 
-def _read(place: Path, path: str, *, warn: bool = False) -> TokenCache | None:
+def read_cache(place: Path, path: str, *, warn: bool = False) -> TokenCache | None:
     """The cache at `place`, or None where there is none or it is not what its meta.json says."""
     if not place.exists():
         return None
@@ -192,12 +232,29 @@ def _read(place: Path, path: str, *, warn: bool = False) -> TokenCache | None:
                 raise ValueError(f"{name} has another checksum than when it was written")
         arrays = {name: _map(place / f"{name}.bin", dtype) for name, dtype in _ARRAYS.items()}
         samples = [meta["files"][f"{name}.bin"]["crc32"] for name in ("tokens", "loss_weights", "offsets")]
-        checksum = zlib.crc32(json.dumps(samples).encode())
-        return TokenCache(path=path, directory=place, bad_rows=meta["bad_rows"], checksum=checksum, **arrays)
+        return TokenCache(
+            path=path,
+            directory=place,
+            checksum=zlib.crc32(json.dumps(samples).encode()),
+            rows=meta["rows"],
+            left_out=meta["left_out"],
+            bad_rows=meta["bad_rows"],
+            notes=meta["notes"],
+            **arrays,
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         if warn:
             log.warning("the token cache %s is damaged and is built again: %s", place, error)
         return None
+
+
+def remove_damaged(place: Path, path: str) -> None:
+    """Makes room for a new cache where the one at `place` does not read back."""
+    if not place.exists() or read_cache(place, path) is not None:
+        return
+    with writing(place.parent), claimed(lock_of(place), wait=True):
+        if read_cache(place, path, warn=True) is None:  # nobody has built it again meanwhile
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def _checksum(path: Path) -> int:
@@ -208,7 +265,7 @@ def _checksum(path: Path) -> int:
     return checksum
 
 
-def _map(path: Path, dtype: type[np.generic]) -> np.ndarray:
+def _map(path: Path, dtype: str) -> np.ndarray:
     if path.stat().st_size == 0:  # which cannot be mapped
         return np.zeros(0, dtype)
     return np.asarray(np.memmap(path, dtype, mode="r"))  # slices of a plain array cost a tenth of a memmap's
@@ -216,7 +273,7 @@ def _map(path: Path, dtype: type[np.generic]) -> np.ndarray:
 
 def _build(place: Path, path: str, facts: Mapping[str, Any], build: Callable[[CacheWriter], None]) -> None:
     """Builds beside `place` and renames."""
-    temporary = place.with_name(f"{place.name}.tmp-{socket.gethostname()}-{uuid.uuid4().hex[:8]}")
+    temporary = temporary_name(place)
     temporary.mkdir()
     try:
         with contextlib.closing(CacheWriter(temporary)) as writer:
@@ -227,59 +284,10 @@ def _build(place: Path, path: str, facts: Mapping[str, Any], build: Callable[[Ca
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-            if _read(place, path) is not None:  # another process was first
+            if read_cache(place, path) is not None:  # another process was first
                 return
             shutil.rmtree(place)
             temporary.rename(place)
-        _sync_directory(place.parent)
+        sync_directory(place.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_directory(directory: Path) -> None:
-    """Makes new names in `directory` survive a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _locked(place: Path, *, wait: bool) -> Iterator[bool]:
-    """Holds the lock of `place`; the kernel drops it with its process. Yields whether the lock could be had."""
-    with open(place.with_name(f"{place.name}.lock"), "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            locked = True
-        except BlockingIOError:
-            locked = wait
-            if wait:
-                log.info("waiting for another process that builds %s", place)
-                fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:  # a file system without locks
-            locked = False
-        yield locked
-
-
-def _remove_abandoned(root: Path, own: Path | None) -> None:
-    """Clears away what killed builds left. `own` is the place whose lock this process holds.
-
-    A free lock proves that no process of this machine builds there; other machines' directories are only taken for
-    abandoned when nothing was written to them for a day, because not every network file system shares its locks.
-    """
-    for temporary in root.glob("*.tmp-*"):
-        place = root / temporary.name.split(".")[0]
-        with contextlib.ExitStack() as stack:
-            locked = place == own or stack.enter_context(_locked(place, wait=False))
-            here = temporary.name.startswith(f"{place.name}.tmp-{socket.gethostname()}-")
-            with contextlib.suppress(FileNotFoundError):  # its builder has just finished
-                age = time.time() - max(path.stat().st_mtime for path in [temporary, *temporary.iterdir()])
-                if (locked and here) or age > _ABANDONED_SECONDS:
-                    log.info("removing %s, left by a build that was killed", temporary)
-                    shutil.rmtree(temporary, ignore_errors=True)

@@ -1,44 +1,47 @@
 """Data files -> token caches: the first step of the data path. Reads rows, encodes them, and holds the bad-row policy.
 
-A file is tokenized when no cache fits its content, its format, the tokenizer, `loss_on` and this very code. Local files
-are known by their bytes, remote ones by what their store says changes with the content.
+A file is tokenized when no cache fits its content, what its source says of reading it, the tokenizer, `loss_on` and
+this very code. All processes of a run come here together and divide the work (`shards.py`).
 """
 
+import ast
 import functools
 import hashlib
 import importlib.metadata
 import json
 import logging
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import fsspec
 from etils import epath
-from fsspec.implementations.local import LocalFileSystem
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from posttrain.config import DataConfig, SourceConfig
-from posttrain.data.cache import CacheWriter, TokenCache, open_cache
+from posttrain.data.blocks import Block
+from posttrain.data.cache import TokenCache
 from posttrain.data.chat import Sample, encode_rows
-from posttrain.data.files import JSON_SUFFIXES, BadRow, Record, read_records
-from posttrain.data.formats import Row, read_rows
+from posttrain.data.files import SUFFIXES, BadRow, Part, Record, RecordFile, open_records, read_records
+from posttrain.data.fileversion import FileVersion
+from posttrain.data.formats import read_rows, to_rows
+from posttrain.data.progress import TokenizingReport
+from posttrain.data.rows import Row
+from posttrain.data.shards import CacheBuild, build_together
+from posttrain.data.storage import COMPRESSED_SUFFIXES, find_files, local_path
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.errors import UserError, UserErrors
 
 log = logging.getLogger(__name__)
 
+PART_BYTES = 4 << 20
+"""About so much of a file is tokenized as one piece: some seconds of work."""
+
 _BATCH_ROWS = 256
 _SHOWN_BAD_ROWS = 20
-_CODE_THAT_ONLY_READS = {"packing.py", "samples.py", "pipeline.py", "inspect.py"}
-_REMOTE_VERSION_FACTS = (
-    *("etag", "ETag", "md5Hash", "crc32c", "generation", "version_id", "sha256", "blob_id"),
-    *("mtime", "updated", "LastModified", "last_modified", "created"),
-)
+_REJECTS = "rejects.jsonl"
+_NOT_CONTENT = {"path", "weight", "repeat", "limit"}
+"""Fields of a source that change nothing of what its rows become."""
 
 
 def tokenize_sources(
@@ -46,220 +49,174 @@ def tokenize_sources(
     tokenizer: Tokenizer,
     data: DataConfig,
     *,
-    rejects_dir: str | Path,
+    rejects_dir: str | Path | None = None,
     is_main: bool = True,
     barrier: Callable[[str], None] = lambda name: None,
-) -> list[TokenCache]:
-    """The token cache of every source, built where there is none.
+    part_bytes: int = PART_BYTES,
+) -> dict[str, list[TokenCache]]:
+    """The token caches of every source, built where there are none: one for each file that its path names, in order.
+
+    All processes of a run call this; which of them tokenizes what makes no difference to the caches (compare their
+    `checksum`).
 
     Args:
       sources: by their place in the config, e.g. `data.train.0`, for error messages.
       tokenizer: encodes the rows.
       data: `loss_on`, `on_bad_row`, `max_bad_rows` and `cache_dir` are read.
-      rejects_dir: gets `rejects.jsonl` when bad rows are skipped; any path that epath opens.
-      is_main: whether this process builds first, shows progress and writes the rejects.
-      barrier: waits for all processes; called once, with a name. The others open what the main process built, or build
-        for themselves when their disk does not have it.
+      rejects_dir: where the main process writes `rejects.jsonl` when bad rows are skipped; None: nowhere.
+      is_main: whether this process shows progress and writes the rejects.
+      barrier: waits for all processes; called once, with a name, by each that has its caches. One that fails does not
+        come: the others meet its error themselves, or hear that it has ended.
+      part_bytes: how much of a file is tokenized as one piece.
 
     Raises:
-      UserError: all unreadable files, and all bad rows that `on_bad_row` does not let pass, together.
+      UserError: all files that cannot be read, and all bad rows that `on_bad_row` does not let pass, together.
     """
-    if is_main:
-        try:
-            caches = _open_all(sources, tokenizer, data, is_main=True)
-        finally:  # the others must not wait for a process that has failed: they meet the same error themselves
-            barrier("token cache")
-    else:
-        barrier("token cache")
-        caches = _open_all(sources, tokenizer, data, is_main=False)
-    bad_rows = sum(cache.bad_rows for cache in caches)
+    builds = _prepare(sources, tokenizer, data, part_bytes)
+    together = [build for of_source in builds.values() for build in of_source]
+    with TokenizingReport(together, shown=is_main) as report:
+        errors = build_together(together, report.update)
+        if errors:
+            raise _joined(errors)
+    caches = {key: [build.cache for build in of_source if build.cache] for key, of_source in builds.items()}
+    barrier("token caches")
+    every = [cache for of_source in caches.values() for cache in of_source]
+    bad_rows = sum(cache.bad_rows for cache in every)
     if bad_rows and (data.on_bad_row == "error" or bad_rows > data.max_bad_rows):
-        raise _bad_rows_error(caches, bad_rows, data)
-    if bad_rows and is_main:
-        _write_rejects(caches, epath.Path(rejects_dir))
-        log.warning("skipped %d bad rows: see %s", bad_rows, epath.Path(rejects_dir) / "rejects.jsonl")
+        raise _bad_rows_error(every, bad_rows, data)
+    if bad_rows and is_main and rejects_dir is not None:
+        write_rejects(every, rejects_dir)
     return caches
 
 
-def _open_all(
-    sources: Mapping[str, SourceConfig], tokenizer: Tokenizer, data: DataConfig, *, is_main: bool
-) -> list[TokenCache]:
-    """Opens or builds each cache; raises the errors of all files together."""
-    caches: list[TokenCache] = []
+def _prepare(
+    sources: Mapping[str, SourceConfig], tokenizer: Tokenizer, data: DataConfig, part_bytes: int
+) -> dict[str, list[CacheBuild]]:
+    """Finds, identifies and opens all files before any of them is tokenized. Raises all that is wrong with them."""
+    builds: dict[str, list[CacheBuild]] = {}
     errors: list[UserError] = []
     for key, source in sources.items():
+        builds[key] = []
         try:
-            version = _FileVersion.of(key, source.path)
-            facts = {
-                "data": version.identity,
-                "suffixes": Path(source.path).suffixes[-2:],  # which decide how the bytes are read
-                "format": source.format,
-                "loss_on": data.loss_on,
-                "tokenizer": tokenizer.fingerprint,
-                "code": _code_fingerprint(),
-            }
-            build = functools.partial(
-                _tokenize, key=key, source=source, version=version, tokenizer=tokenizer, data=data, is_main=is_main
-            )
-            caches.append(open_cache(source.path, facts, build, cache_dir=data.cache_dir))
+            if not source.path:
+                raise UserError(f"is not set; name a data file ({', '.join(SUFFIXES)}) or a pattern")
+            paths = find_files(source.path, SUFFIXES)
         except UserError as error:
-            errors.append(error)
-    if len(errors) == 1:
-        raise errors[0]
+            errors.append(UserError(f"{key}.path: {error}"))
+            continue
+        for path in paths:
+            try:
+                job = _FileJob(path, source, tokenizer, data.loss_on, part_bytes)
+                build = CacheBuild(job, cache_dir=data.cache_dir)
+                if build.cache is None and local_path(path) is not None:
+                    with open_records(path):
+                        pass
+                builds[key].append(build)
+            except UserError as error:
+                errors.append(error)
     if errors:
-        raise UserErrors([str(error) for error in errors])
-    return caches
+        raise _joined(errors)
+    return builds
+
+
+def _joined(errors: Sequence[UserError]) -> UserError:
+    """The only error, or all that differ."""
+    texts = list(dict.fromkeys(map(str, errors)))
+    return errors[0] if len(texts) == 1 else UserErrors(texts)
 
 
 @functools.cache
 def _code_fingerprint() -> str:
-    """Changes with whatever turns rows into tokens: the code of this package, and the libraries under it."""
+    """Changes with whatever turns rows into tokens: the code that this module stands on, and the libraries under it."""
+    here = Path(__file__)
+    found, new = set(), {here.stem}
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        if path.name not in _CODE_THAT_ONLY_READS:
-            digest.update(path.name.encode() + path.read_bytes())
+    while new:
+        found |= new
+        new = {name for module in new for name in _imported(here.with_name(f"{module}.py"))} - found
+    for module in sorted(found):
+        digest.update(module.encode() + here.with_name(f"{module}.py").read_bytes())
     for library in ("tokenizers", "transformers", "jinja2"):
         digest.update(f"{library} {importlib.metadata.version(library)}".encode())
     return digest.hexdigest()
 
 
-# ---- which content a path has ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _FileVersion:
-    """A file's content, told apart from any other content that its path may have had."""
-
-    identity: dict[str, str]
-    records: int | None = None
-    """About what line number the last record has, for the progress bar; None where that takes reading the file."""
-    local: Path | None = None
-    stat: tuple[int, int] | None = None
-
-    @classmethod
-    def of(cls, key: str, path: str) -> "_FileVersion":
-        """Raises UserError where `path` cannot be read."""
-        if not path:
-            raise UserError(f"{key}.path: is not set; name a JSONL, JSON or Parquet file")
-        try:
-            files, name = fsspec.core.url_to_fs(path)
-            if not files.exists(name):
-                raise UserError(f"{key}.path: there is no file {path!r}; check the path")
-            if files.isdir(name):
-                raise UserError(f"{key}.path: {path!r} is a directory; name a file in it")
-            local = Path(name) if isinstance(files, LocalFileSystem) else None
-            if local is None:
-                info = files.info(name)
-                facts = {fact: str(info[fact]) for fact in _REMOTE_VERSION_FACTS if info.get(fact) is not None}
-                if facts:
-                    return cls({"path": path, "size": str(info.get("size")), **facts})
-            stat = _stat(local) if local else None
-            digest, newlines = hashlib.sha256(), 0
-            with files.open(name, "rb") as file:
-                while chunk := cast(bytes, file.read(1 << 22)):
-                    digest.update(chunk)
-                    newlines += chunk.count(b"\n")
-        except (OSError, ValueError, ImportError) as error:  # the latter two: a protocol unknown or not installed
-            raise UserError(f"{key}.path: cannot read {path!r}: {error}") from error
-        if name.endswith(".parquet"):
-            records = _parquet_rows(local) if local else None
-        else:
-            records = newlines if name.endswith(JSON_SUFFIXES) else None
-        return cls({"sha256": digest.hexdigest()}, records, local, stat)
-
-    def check_unchanged(self, key: str) -> None:
-        """Raises UserError when a local file is not the one that was hashed any more."""
-        if self.local is not None and _stat(self.local) != self.stat:
-            raise UserError(f"{key}.path: {self.local} changed while it was read; start again when it is complete")
-
-
-def _stat(path: Path) -> tuple[int, int]:
-    """Size and modification time."""
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns
-
-
-def _parquet_rows(path: Path) -> int | None:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        return pyarrow.parquet.read_metadata(path).num_rows
-    except pyarrow.ArrowException:  # the reader will say what is wrong with it
-        return None
+def _imported(file: Path) -> set[str]:
+    """The modules beside a file that it imports by name, wherever the import stands."""
+    package = __name__.rpartition(".")[0]
+    nodes = (node for node in ast.walk(ast.parse(file.read_bytes())) if isinstance(node, ast.ImportFrom))
+    modules = {
+        f"{node.module}.{alias.name}" if node.module == package else f"{node.module}"
+        for node in nodes
+        for alias in node.names
+    }
+    return {module.removeprefix(f"{package}.") for module in modules if module.startswith(f"{package}.")}
 
 
 # ---- rows to samples ------------------------------------------------------------------------------------------------
 
 
-def _tokenize(
-    writer: CacheWriter,
-    *,
-    key: str,
-    source: SourceConfig,
-    version: _FileVersion,
-    tokenizer: Tokenizer,
-    data: DataConfig,
-    is_main: bool,
-) -> None:
-    """Writes every row of `source`, as a sample or as a reject."""
-    rows = read_rows(source.path, source.format)
-    with _Report(source.path, version.records, shown=is_main) as report:
-        while batch := list(islice(rows, _BATCH_ROWS)):
-            encoded = encode_rows([row for row in batch if isinstance(row, Row)], tokenizer, data.loss_on)
-            outcomes = [*encoded, *(row for row in batch if isinstance(row, BadRow))]
-            samples = [outcome for outcome in outcomes if isinstance(outcome, Sample)]
-            bad = sorted((outcome for outcome in outcomes if isinstance(outcome, BadRow)), key=lambda row: row.line)
-            writer.append(samples, [{"line": row.line, "key": row.key, "reason": row.reason} for row in bad])
-            report.update(batch[-1].line, writer.counts)
-    version.check_unchanged(key)
+class _FileJob:
+    """How one data file becomes blocks of samples: a `Job` of `shards.py`. Raises UserError for an unreadable file."""
 
+    def __init__(
+        self, path: str, source: SourceConfig, tokenizer: Tokenizer, loss_on: tuple[str, ...], part_bytes: int
+    ):
+        self.path = path
+        self._source, self._tokenizer, self._loss_on, self._part_bytes = source, tokenizer, loss_on, part_bytes
+        self._version = FileVersion.of(path)
+        self.size = self._version.size
+        self.facts = {
+            "data": self._version.identity,
+            "endings": [end.lower() for end in Path(path).suffixes if end.lower() in SUFFIXES + COMPRESSED_SUFFIXES],
+            "source": source.model_dump(mode="json", exclude=_NOT_CONTENT),
+            "loss_on": list(loss_on),
+            "tokenizer": tokenizer.fingerprint,
+            "code": _code_fingerprint(),
+        }
+        self._stack = ExitStack()
+        self._file: RecordFile | None = None
 
-class _Report:
-    """How far tokenizing has come: a bar when it takes longer than some seconds, and a line in the log at the end."""
+    def _open(self) -> RecordFile:
+        if self._file is None:
+            self._file = self._stack.enter_context(open_records(self.path, again=True))
+        return self._file
 
-    _QUIET_SECONDS = 3.0
+    def close(self) -> None:
+        """Closes the file until it is read again."""
+        self._file = None
+        self._stack.close()
 
-    def __init__(self, name: str, records: int | None, *, shown: bool):
-        self._name, self._shown = name, shown
-        self._start = time.perf_counter()
-        self._counts: Mapping[str, int] = {}
-        columns = (
-            TextColumn("tokenizing {task.description}", markup=False),
-            *((BarColumn(), TimeRemainingColumn()) if records else (TimeElapsedColumn(),)),
-            TextColumn(
-                "{task.fields[tokens]:,} tokens, {task.fields[speed]:,.0f}/s, {task.fields[bad_rows]:,} bad rows"
-            ),
-        )
-        self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
-        self._task = self._progress.add_task(
-            name.rsplit("/", 1)[-1], total=records, samples=0, tokens=0, bad_rows=0, speed=0.0
-        )
+    def parts(self) -> list[Part]:
+        """The file's parts in order."""
+        return self._open().parts(self._part_bytes)
 
-    def __enter__(self) -> "_Report":
-        return self
+    def blocks(self, part: Part) -> Iterator[Block]:
+        """Every row of a part, as samples or as a reject."""
+        if part.first_in_file:
+            next(read_rows(self.path, self._source), None)  # refuses a file without rows, or of rows of no known form
+        file = self._open()
+        records = file.read(part)
+        while batch := list(islice(records, _BATCH_ROWS)):
+            yield self._block(batch)
+        yield Block(lines_read=file.lines_read)
+        self._version.check_unchanged()
 
-    def update(self, line: int, counts: Mapping[str, int]) -> None:
-        """Takes note of the last line that was read, and of what there is so far."""
-        self._counts = counts
-        seconds = time.perf_counter() - self._start
-        if self._shown and seconds > self._QUIET_SECONDS:
-            self._progress.start()
-        shown: dict[str, Any] = {**counts, "speed": counts["tokens"] / seconds}
-        self._progress.update(self._task, completed=line, **shown)
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        self._progress.stop()
-        if self._shown and kind is None and self._counts:
-            seconds = time.perf_counter() - self._start
-            log.info(
-                "tokenized %s: %s samples, %s tokens in %.1f s (%s tokens/s)",
-                self._name,
-                f"{self._counts['samples']:,}",
-                f"{self._counts['tokens']:,}",
-                seconds,
-                f"{self._counts['tokens'] / seconds:,.0f}",
-            )
+    def _block(self, records: Sequence[Record | BadRow]) -> Block:
+        made = [[record] if isinstance(record, BadRow) else to_rows(record, self._source) for record in records]
+        rows = [row for of_record in made for row in of_record]
+        encoded = encode_rows([row for row in rows if isinstance(row, Row)], self._tokenizer, self._loss_on)
+        samples: list[Sample] = []
+        bad = [row for row in rows if isinstance(row, BadRow)]
+        for outcome in encoded:
+            if isinstance(outcome, BadRow):
+                bad.append(outcome)
+            else:
+                samples.extend(outcome)
+        bad.sort(key=lambda row: row.line)
+        rejects = [{"line": row.line, "key": row.key, "reason": row.reason} for row in bad]
+        left_out = sum(not of_record for of_record in made)
+        return Block.of(samples, rejects, rows=len(records), left_out=left_out)
 
 
 # ---- bad rows -------------------------------------------------------------------------------------------------------
@@ -276,9 +233,9 @@ def _bad_rows_error(caches: Sequence[TokenCache], bad_rows: int, data: DataConfi
     if more := bad_rows - len(problems):
         problems.append(f"... and {more:,} more bad rows")
     if data.on_bad_row == "error":
-        good = sum(cache.num_samples for cache in caches)
+        rows = sum(cache.rows for cache in caches)
         problems.append(
-            f"{bad_rows:,} of {bad_rows + good:,} rows are bad and data.on_bad_row is error; correct them, or set "
+            f"{bad_rows:,} of {max(rows, bad_rows):,} rows are bad and data.on_bad_row is error; correct them, or set "
             "data.on_bad_row to skip (they are then written to rejects.jsonl)"
         )
     else:
@@ -288,15 +245,20 @@ def _bad_rows_error(caches: Sequence[TokenCache], bad_rows: int, data: DataConfi
     return UserErrors(problems)
 
 
-def _write_rejects(caches: Sequence[TokenCache], directory: epath.Path) -> None:
-    """Writes rejects.jsonl: file, line, key, reason, and the row itself where it can be parsed."""
-    rejects = [{"file": cache.path, **reject} for cache in caches for reject in cache.rejects()]
-    path = directory / "rejects.jsonl"
+def write_rejects(caches: Iterable[TokenCache], directory: str | Path) -> None:
+    """Writes rejects.jsonl: file, line, key, reason, and the row itself where it can be parsed; and says so.
+
+    `directory` is any path that epath opens.
+    """
+    rejected = [cache for cache in caches if cache.bad_rows]
+    rejects = [{"file": cache.path, **reject} for cache in rejected for reject in cache.rejects()]
+    path = epath.Path(directory) / _REJECTS
+    log.warning("skipped %d bad rows: see %s", len(rejects), path)
     if path.exists() and _without_rows(path.read_text()) == rejects:  # a resumed run: the data need not be read again
         return
-    rows = {cache.path: _rows_at({reject["line"] for reject in cache.rejects()}, cache.path) for cache in caches}
+    rows = {cache.path: _rows_at({reject["line"] for reject in cache.rejects()}, cache.path) for cache in rejected}
     lines = [json.dumps({**reject, "row": rows[reject["file"]].get(reject["line"])}, default=str) for reject in rejects]
-    directory.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(f"{line}\n" for line in lines))
 
 

@@ -137,3 +137,14 @@ def barrier(name: str) -> None:
         client = distributed.global_state.client
         assert client is not None
         client.wait_at_barrier(f"{name} {next(_barriers)}", 24 * 3600 * 1000)
+
+
+def gather_texts(text: str) -> list[str]:
+    """Every process's text, by process number. All must call it, in the same order; waits as `barrier` does."""
+    if jax.process_count() == 1:
+        return [text]
+    client = distributed.global_state.client
+    assert client is not None
+    key = f"texts {next(_barriers)}"
+    client.key_value_set(f"{key}/{jax.process_index()}", text)
+    return [client.blocking_key_value_get(f"{key}/{i}", 24 * 3600 * 1000) for i in range(jax.process_count())]

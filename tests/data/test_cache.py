@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from posttrain.data.blocks import Block
 from posttrain.data.cache import CacheWriter, TokenCache, default_cache_dir, open_cache
 from posttrain.data.chat import Sample
 from posttrain.errors import UserError
@@ -94,7 +96,10 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [truncate, flip, Path.unlink])
-@pytest.mark.parametrize("name", ["tokens.bin", "loss_weights.bin", "offsets.bin", "lines.bin", "trained.bin"])
+@pytest.mark.parametrize(
+    "name",
+    [f"{name}.bin" for name in ("tokens", "loss_weights", "offsets", "lines", "trained", "hashes", "prompt_hashes")],
+)
 def test_damaged_arrays_are_built_again(tmp_path, caplog, name, damage):
     samples = make_samples(20)
     cache = open_cache("x", FACTS, write(samples), cache_dir=str(tmp_path))
@@ -140,6 +145,44 @@ def test_unusable_directories_are_refused(tmp_path):
         open_cache("x", FACTS, never, cache_dir=str(tmp_path / "file" / "below"))
     with pytest.raises(UserError, match=r"data\.cache_dir: 'gs://bucket/cache' is not a local directory"):
         open_cache("x", FACTS, never, cache_dir="gs://bucket/cache")
+
+
+def test_who_does_not_wait_gets_nothing_while_another_builds(tmp_path):
+    def build(writer: CacheWriter) -> None:
+        assert open_cache("other", FACTS, never, cache_dir=str(tmp_path), wait=False) is None
+        write(make_samples(5))(writer)
+
+    assert_holds(open_cache("x", FACTS, build, cache_dir=str(tmp_path), wait=False), make_samples(5))
+
+
+def test_blocks_count_lines_on_and_everything_together(tmp_path):
+    samples = [replace(sample, notes=("odd",)) for sample in make_samples(4)]
+    block = Block.of(samples, [{"line": 20, "key": "", "reason": "bad"}], rows=7, left_out=2)
+
+    def build(writer: CacheWriter) -> None:
+        for part in (Block.join([block, Block(lines_read=30)]), Block.from_bytes(block.to_bytes())):
+            writer.add(part)
+
+    cache = open_cache("x", FACTS, build, cache_dir=str(tmp_path))
+    assert cache.lines.tolist() == [1, 4, 7, 10, 31, 34, 37, 40]
+    assert [reject["line"] for reject in cache.rejects()] == [20, 50]
+    assert (cache.rows, cache.left_out, cache.bad_rows, cache.notes) == (14, 4, 2, {"odd": 8})
+    assert cache.hashes[:4].tolist() == cache.hashes[4:].tolist()
+
+
+def test_the_checksum_is_of_the_samples_alone(tmp_path):
+    def checksum(samples: list[Sample], name: str, rejects: tuple[dict[str, object], ...] = ()) -> int:
+        return open_cache("x", {"name": name}, write(samples, rejects), cache_dir=str(tmp_path)).checksum
+
+    samples = make_samples(6)
+    same = checksum(samples, "one")
+    assert checksum([replace(s, line=s.line + 5) for s in samples], "two", ({"line": 1},)) == same
+    weights = samples[2].loss_weights + np.float32(1)
+    assert checksum([*samples[:2], replace(samples[2], loss_weights=weights), *samples[3:]], "three") != same
+    joined = np.concatenate([samples[4].tokens, samples[5].tokens[:1]])
+    moved = replace(samples[4], tokens=joined, loss_weights=np.zeros(len(joined), np.float32))
+    rest = replace(samples[5], tokens=samples[5].tokens[1:], loss_weights=samples[5].loss_weights[1:])
+    assert checksum([*samples[:4], moved, rest], "four") != same
 
 
 def test_the_default_directory_is_the_users_cache(monkeypatch):
