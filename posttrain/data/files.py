@@ -188,7 +188,7 @@ def _decode(raw: bytes, path: str, line: int, *, first: bool = False) -> Record 
             raise UserError(
                 f"{path}:{line}: a JSON value over several lines; fix: a list of rows, or one row on each line"
             ) from error
-        reason = f"not valid JSON: {error.msg} at column {error.colno}; fix: {_json_fix(raw)}"
+        reason = f"not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}; fix: {_json_fix(raw)}"
     except (ValueError, RecursionError) as error:
         reason = f"JSON that cannot be read: {error}"
     return BadRow(path, line, "", reason)
@@ -329,7 +329,7 @@ class _JsonList:
 
     def _broken(self, position: int, problem: str) -> BadRow:
         column = position - self._text.rfind("\n", 0, position)
-        reason = f"not valid JSON: {problem} at column {column}; what follows cannot be read"
+        reason = f"not valid JSON: {problem.removesuffix(' at')} at column {column}; what follows cannot be read"
         return BadRow(self._path, self._line(position), "", reason)
 
 

@@ -65,7 +65,7 @@ def test_empty_lists_and_files_have_no_records(tmp_path: Path) -> None:
         ('{"a": 1', "not valid JSON: Expecting ',' delimiter at column 8"),
         ('{"a": 1}}', "not valid JSON: Extra data at column 9"),
         ("{'a': 1}", "not valid JSON: Expecting property name enclosed in double quotes at column 2"),
-        ('{"a": "x', "not valid JSON: Unterminated string starting at at column 7"),
+        ('{"a": "x', "not valid JSON: Unterminated string starting at column 7"),
         ('{"a": 1, "b": {"c": 1, "d": 2, "c": 3}}', "the key 'c' appears twice in one object"),
         ('{"a": NaN}', "NaN is no JSON value"),
         ('{"a": [-Infinity]}', "-Infinity is no JSON value"),
