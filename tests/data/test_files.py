@@ -73,7 +73,7 @@ def test_empty_lists_and_files_have_no_records(tmp_path: Path) -> None:
         ("[" * 100_000, "JSON that cannot be read: maximum recursion depth"),
         (b'{"a": "\xff"}', "not UTF-8 at byte 8 of the line"),
         (b"\0\0\0\0", "not valid JSON: Expecting value at column 1; fix: remove the NUL bytes"),
-        (b'{"a": "\0"}', "not valid JSON: Invalid control character at at column 8; fix: remove the NUL bytes"),
+        (b'{"a": "\0"}', "not valid JSON: Invalid control character at column 8; fix: remove the NUL bytes"),
         (b'{"a": 1}\r{"a": 2}', "not valid JSON: Extra data at column 10; fix: end every row with a newline; carriage"),
         (b'\xef\xbb\xbf{"a": 1}', "not valid JSON: Expecting value at column 1; fix: remove the byte order mark"),
     ],
