@@ -4,7 +4,6 @@
 wrong with it to `Fields.problems`; with a problem the rows that it returns are thrown away.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -106,12 +105,19 @@ _MESSAGE_COLUMNS = frozenset(("messages", "conversations", "prompt", "completion
 
 
 def read_text(fields: Fields) -> list[Row]:
+    if isinstance(fields.columns.get("role"), str):
+        reason = "is one message of a conversation (it has a role), no text of its own; fix: conversations, or trees"
+        fields.problems.add(fields.key("text"), reason)
     return [fields.strings("text", text=fields.text("text"))]
 
 
 def read_messages(fields: Fields) -> list[Row]:
     origin = fields.names.get("messages", "")
-    return [fields.row("messages", fields.talk("messages"), origin=origin, keys=False)]
+    return [
+        fields.row(
+            "messages", _with_system(fields, fields.talk("messages")), origin=origin, keys="system" in fields.columns
+        )
+    ]
 
 
 def read_sharegpt(fields: Fields) -> list[Row]:
@@ -312,11 +318,15 @@ def _string_pair(fields: Fields, prompt: str | None, names: tuple[str, str]) -> 
     return fields.strings("preference", prompt=prompt, completion=chosen, rejected=rejected, margin=_margin(fields))
 
 
+_MOST_MARGIN = 1e30
+"""A number of JSON can be beyond all floats."""
+
+
 def _margin(fields: Fields) -> float | None:
     margin = fields.columns.get("margin")
     if margin is None:
         return None
-    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not abs(margin) <= _MOST_MARGIN:
         fields.problems.add(fields.key("margin"), f"must be a finite number, not {margin!r}")
         return None
     return float(margin)

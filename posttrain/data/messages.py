@@ -33,6 +33,8 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")
 _CALLS = ("tool_calls", "function_call")
 _FLAGS = ("train", "training", "trainable")
 _NUMBERS = ("weight", "loss_weight", "loss", "loss_mask")
+_LEAST, _MOST = 1e-30, 1e30
+"""The weights that float32 can hold, and sum up."""
 _DETAIL = "training on parts of a message is not served; fix: train or weight for the message as a whole"
 _ROLE_FIX = "fix: one of " + ", ".join(ROLES)
 _NO_CONTENT = "missing or null; fix: give the message's text"
@@ -167,6 +169,8 @@ def _with_content(
     elif not calls:
         problems.add(at, "holds no tool call; fix: JSON with name and arguments" if is_call else _NO_CONTENT)
     _put_reasoning(message, reasoning, problems)
+    if isinstance(given.get("reasoning"), str) and given["reasoning"]:
+        message["reasoning"] = given["reasoning"]  # some templates read this name only
     _put_calls(message, calls, problems)
     return message
 
@@ -281,7 +285,10 @@ def _weight(given: Mapping[str, Any], key: str, problems: Problems) -> float | N
             problems.add(f"{key}.{name}", f"must be true or false, not {value!r}")
             return None
     for name, value in numbers.items():
-        if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        if isinstance(value, int | float) and (0 < value < _LEAST or _MOST < value < math.inf):
+            problems.add(f"{key}.{name}", f"must be 0, or from {_LEAST:g} to {_MOST:g}, not {value!r}")
+            return None
+        if not isinstance(value, int | float) or not 0 <= value <= _MOST:
             problems.add(f"{key}.{name}", f"must be a finite number, at least 0, not {value!r}")
             return None
     said = {**numbers, **flags}

@@ -130,7 +130,9 @@ class ChatTemplate:
 
     def _as_wanted(self, message: dict[str, Any]) -> dict[str, Any]:
         """As given, but where the template cannot take that: content in parts (templates of models that see images),
-        arguments as an object or as JSON text."""
+        arguments as an object or as JSON text, empty content beside tool calls where there is none."""
+        if "content" not in message and message.get("tool_calls") and self._needs_content:
+            message = {**message, "content": ""}
         if self._wants_parts and isinstance(message.get("content"), str):
             message = {**message, "content": [{"type": "text", "text": message["content"]}]}
         if not message.get("tool_calls") or self._refuses_arguments is None:
@@ -149,6 +151,16 @@ class ChatTemplate:
         parts = [{"type": "text", "text": "contentprobe"}]
         as_string, as_parts = (self._try({"role": "user", "content": content}) for content in ("contentprobe", parts))
         return "contentprobe" not in as_string and "contentprobe" in as_parts and str(parts) not in as_parts
+
+    @cached_property
+    def _needs_content(self) -> bool:
+        """Whether the template fails on tool calls without content, and not on those with an empty one."""
+        call = {"type": "function", "id": "id0000000", "function": {"name": "callprobe", "arguments": {}}}
+        if self._refuses_arguments is dict:
+            call["function"]["arguments"] = "{}"
+        asked = {"role": "user", "content": [{"type": "text", "text": "x"}] if self._wants_parts else "x"}
+        calls = {"role": "assistant", "tool_calls": [call]}
+        return not self._try(asked, calls) and bool(self._try(asked, {**calls, "content": ""}))
 
     @cached_property
     def _refuses_arguments(self) -> type | None:

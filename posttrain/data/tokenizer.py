@@ -131,6 +131,11 @@ class Tokenizer:
         return frozenset(self.added_tokens.values())
 
     @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        """Those of `added_ids` that are no text, but control what it is."""
+        return frozenset(id for id, token in self._backend.get_added_tokens_decoder().items() if token.special)
+
+    @cached_property
     def cut_ids(self) -> frozenset[int]:
         """Added tokens at which text falls apart into pieces that are tokenized on their own.
 
@@ -158,7 +163,7 @@ class Tokenizer:
         if self.chat_template is not None:
             probe = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]
             try:
-                stop = self.stop_at_end(self.render(probe))
+                stop = self._closing(self.render(probe), 0)
             except RenderError:
                 stop = None  # a template for another kind of conversation: rows will say so
             ids.extend([] if stop is None else [stop[1]])
@@ -271,8 +276,14 @@ class Tokenizer:
         """The stop token that closes `text`, a conversation that ends with an assistant turn: (its position, its id).
 
         That is the last added token, with nothing but whitespace behind it. Where several close the turn, as in Phi-3's
-        `<|end|>` and `<|endoftext|>`, it is the first that ends a generation. None where none is at or behind `start`.
+        `<|end|>` and `<|endoftext|>`, it is the first that ends a generation. None where none is at or behind `start`,
+        and where it is ordinary text that is one token (`</tool_call>`): it ends no generation.
         """
+        stop = self._closing(text, start)
+        return stop if stop is not None and (stop[1] in self._special_ids or stop[1] in self.stop_ids) else None
+
+    def _closing(self, text: str, start: int) -> tuple[int, int] | None:
+        """`stop_at_end`, whatever the token may be."""
         stop = None
         while (last := self._added_at_end(text)) is not None and last[0] >= start:
             if stop is None or last[1] in self._known_stop_ids:

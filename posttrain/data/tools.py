@@ -51,7 +51,7 @@ def _schema(value: Any, key: str, problems: Problems, nulls_fill: bool) -> dict[
     if not isinstance(parameters, dict | None):
         problems.add(key, f"parameters must be a JSON schema, not {type_name(parameters)}; {SCHEMA_FIX}")
     problems.check_json(tool, key)
-    return {"type": "function", **tool}
+    return tool if "type" in tool else {"type": "function", **tool}  # templates write the keys in their order
 
 
 def read_calls(value: Any, key: str, problems: Problems, *, nulls_fill: bool = False) -> list[dict[str, Any]]:
@@ -74,7 +74,7 @@ def _call(value: Any, key: str, problems: Problems, nulls_fill: bool) -> dict[st
         problems.add(key, f"must be an object, not {type_name(value)}; {CALL_FIX}")
         return None
     call = {name: item for name, item in value.items() if item is not None}
-    kind, function = call.setdefault("type", "function"), call.pop("function", None)
+    kind, function = call.get("type", "function"), call.get("function")
     if kind != "function":
         problems.add(f"{key}.type", f"must be 'function', not {kind!r}; {CALL_FIX}")
     if function is None:
@@ -89,7 +89,8 @@ def _call(value: Any, key: str, problems: Problems, nulls_fill: bool) -> dict[st
         if misnamed in function or misnamed in call:
             problems.add(key, f"has {misnamed!r}; fix: call it arguments")
     function["arguments"] = _arguments(function.get("arguments", {}), f"{key}.arguments", problems, nulls_fill)
-    made = {"type": "function", "function": function, **call}
+    made = {"type": "function", **call} if "type" not in call else call
+    made["function"] = function
     problems.check_json(made, key)
     return made
 

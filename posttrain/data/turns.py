@@ -11,8 +11,10 @@ sample F_i of its own, together with the earlier ones that F_i agrees with: each
 exactly what the model would be fed. What fails is refused with the reason. `chat.py` verifies the same in token ids.
 """
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 from posttrain.data.files import BadRow
@@ -81,10 +83,15 @@ def render_row(row: Row, tokenizer: Tokenizer, loss_on: tuple[str, ...]) -> tupl
         raise BadRow(row.file, row.line, "", f"{error}; fix: the row, or another chat template") from error
     notes = (NOTE_USER_END,) if row.messages[-1]["role"] != "assistant" else ()
     if loss_on in (("all",), ("completion",)):
-        notes += _check_complete(row, len(row.messages) - 1, tokenizer)
+        last = len(row.messages) - 1
+        notes += _check_complete(row, last, tokenizer)
+        if row.messages[last]["role"] == "assistant":
+            _check_thinking(row, last, text)
+        _check_calls(row, range(last), tokenizer)
         span = Span(0, (0,), None, None, 0) if loss_on == ("all",) else _completion_span(row, text, tokenizer)
         return (Rendered(row, text, (span,), notes),)
     turns = [_turn(row, turn, weight, text, tokenizer) for turn, weight in weights.items() if weight]
+    _check_calls(row, (index for index in range(len(row.messages)) if not weights.get(index)), tokenizer)
     notes = tuple(dict.fromkeys((*notes, *(note for turn in turns for note in turn.notes))))
     texts: dict[str, list[Span]] = {}
     for upto, span in ((turn.upto, turn.span) for turn in reversed(turns)):
@@ -210,18 +217,30 @@ def _marked_start(row: Row, index: int, upto: str, start: int, tokenizer: Tokeni
 def _content_span(row: Row, index: int, weight: float, upto: str, tokenizer: Tokenizer) -> Span:
     """The content of a message that is not the assistant's, through the stop token behind it."""
     key, content = row.message_key(index), row.messages[index].get("content", "")
-    before = "" if index == 0 else _render_part(row, tokenizer, index, index)
-    shared = common_prefix(before, upto)
-    exact = upto.find(content, shared)
-    start = exact if exact >= 0 else upto.find(content.strip(), shared)
-    if not content.strip() or start < 0:
+    start = _content_start(row, index, upto, tokenizer)
+    forms = (content, content.rstrip(), content.lstrip(), content.strip())
+    said = next((form for form in forms if start is not None and upto.startswith(form, start)), None)
+    if not content.strip() or start is None or said is None:
         why = "is empty" if not content.strip() else "is not written as it is by the chat template"
         raise BadRow(row.file, row.line, f"{key}.content", f"{why}, so it cannot be trained on; fix: weight 0")
-    end = start + len(content if exact >= 0 else content.strip())
+    end = start + len(said)
     stop = tokenizer.stop_at_end(upto, end)
     if stop is None:
         return Span(start, (start,), end, None, index, weight)
     return Span(start, (start,), stop[0] + len(tokenizer.added_texts[stop[1]]), stop[1], index, weight)
+
+
+def _content_start(row: Row, index: int, upto: str, tokenizer: Tokenizer) -> int | None:
+    """Where the content of message `index` stands in `upto`: where the template writes a word in its place, since the
+    content may also stand in a header, in the tools or in the system prompt. None where that tells nothing."""
+    word = "contentprobe"
+    replaced = (*row.messages[:index], {**row.messages[index], "content": word})
+    try:
+        text = _render(replace(row, messages=replaced), tokenizer, index + 1)
+    except RenderError:
+        return None
+    before, found, _ = text.partition(word)
+    return len(before) if found and upto.startswith(before) else None
 
 
 def _turn_end(row: Row, index: int, upto: str, start: int, tokenizer: Tokenizer) -> tuple[int, int | None]:
@@ -229,14 +248,15 @@ def _turn_end(row: Row, index: int, upto: str, start: int, tokenizer: Tokenizer)
     ends it without one and the end token can stand for it. Raises BadRow."""
     stop = tokenizer.stop_at_end(upto, start)
     key, message = row.message_key(index), row.messages[index]
-    said = [message.get("content", ""), message.get("reasoning_content", "")]
-    for token in tokenizer.stop_texts:
-        if any(token in text for text in said):
+    said = {part: message.get(part, "") for part in ("content", "reasoning_content")}
+    said["tool_calls"] = json.dumps(message.get("tool_calls", ""), ensure_ascii=False)
+    for token, (part, text) in product(tokenizer.stop_texts, said.items()):
+        if token in text:
             reason = f"holds the stop token {token!r}: generation would end there; fix: remove it"
-            raise BadRow(row.file, row.line, f"{key}.content", reason)
+            raise BadRow(row.file, row.line, f"{key}.{part}", reason)
     if stop is not None:
         token = tokenizer.added_texts[stop[1]]
-        if not any(token in text for text in said):
+        if not any(token in text for text in said.values()):
             return stop[0] + len(token), stop[1]
     if tokenizer.eos_id in tokenizer.added_texts:
         return len(upto.rstrip()), None
@@ -257,6 +277,15 @@ def _completion_span(row: Row, text: str, tokenizer: Tokenizer) -> Span:
             "fix: data.loss_on last_assistant, or another chat template"
         )
         raise BadRow(row.file, row.line, "completion", reason)
+    for index in range(first, last):
+        if row.messages[index]["role"] == "assistant":
+            upto = _render_part(row, tokenizer, index + 1, index).rstrip()
+            if not text.startswith(upto):
+                reason = (
+                    f"the chat template renders this turn differently once others follow: {_difference(upto, text)}; "
+                    "fix: data.loss_on assistant, which splits the conversation"
+                )
+                raise BadRow(row.file, row.line, row.message_key(index), reason)
     if row.messages[last]["role"] != "assistant":
         return Span(len(fed), (len(fed),), None, None, first)
     end, stop_id = _turn_end(row, last, text, len(fed), tokenizer)
@@ -277,15 +306,31 @@ def _check_complete(row: Row, index: int, tokenizer: Tokenizer) -> tuple[str, ..
     for at, part in left_out:
         if part in _NOTED:
             continue
-        key, role = row.message_key(at), row.messages[at]["role"]
+        role = row.messages[at]["role"]
         if role != "assistant":
             reason = (
                 f"the chat template leaves this message out (role {role!r}); fix: another role, or another template"
             )
-            raise BadRow(row.file, row.line, f"{key}.role", reason)
-        reason = "the chat template leaves this part of the turn out; fix: remove it, or another chat template"
-        raise BadRow(row.file, row.line, f"{key}.{part}", reason)
+            raise BadRow(row.file, row.line, f"{row.message_key(at)}.role", reason)
+        raise _part_left_out(row, at, part)
     return tuple(_NOTED[part] for _, part in left_out)
+
+
+def _check_calls(row: Row, indices: Iterable[int], tokenizer: Tokenizer) -> None:
+    """Refuses tool calls of turns that are not trained, which the template would never write: what follows on them
+    would be learned from nothing."""
+    template = tokenizer.template(row.tools)
+    for index in indices:
+        if not row.messages[index].get("tool_calls"):
+            continue
+        for at, part in template.left_out(row.messages[: index + 1], row.tools, row.template_kwargs):
+            if at == index and part.startswith("tool_calls"):
+                raise _part_left_out(row, at, part)
+
+
+def _part_left_out(row: Row, index: int, part: str) -> BadRow:
+    reason = "the chat template leaves this part of the turn out; fix: remove it, or another chat template"
+    return BadRow(row.file, row.line, f"{row.message_key(index)}.{part}", reason)
 
 
 def _check_thinking(row: Row, index: int, trained: str) -> None:

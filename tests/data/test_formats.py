@@ -68,6 +68,18 @@ def test_conversational_prompt_and_completion(format: Format) -> None:
     assert keys(made) == ["prompt[0]", "prompt[1]", "prompt[2]", "completion[0]"]
 
 
+def test_a_system_column_beside_messages() -> None:
+    made = row({"system": "Be brief.", "messages": [{"role": "user", "content": "Hi"}]})
+    assert [m["role"] for m in made.messages] == ["system", "user"] and keys(made) == ["system", "messages[0]"]
+    given = [{"role": "system", "content": "Be long."}, {"role": "user", "content": "Hi"}]
+    assert bad({"system": "Be brief.", "messages": given}).reason.startswith("differs from messages[0]")
+
+
+def test_a_single_message_is_no_text() -> None:
+    refused = bad({"text": "Hi", "role": "prompter", "parent_id": None})
+    assert refused.key == "text" and "one message of a conversation" in refused.reason
+
+
 def test_strings() -> None:
     made = row({"prompt": "", "completion": " b"})
     assert made == Row("f.jsonl", 7, "prompt_completion", prompt="", completion=" b")

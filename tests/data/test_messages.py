@@ -162,7 +162,9 @@ def test_what_is_unknown_is_kept_for_the_template() -> None:
 
 @pytest.mark.parametrize("name", ["thinking", "reasoning_content", "reasoning"])
 def test_reasoning(name: str) -> None:
+    # Under `reasoning` it stays too: some templates read that name only.
     expected = {"role": "assistant", "content": "a", "reasoning_content": "Hm."}
+    expected |= {"reasoning": "Hm."} if name == "reasoning" else {}
     assert message({"role": "assistant", "content": "a", name: "Hm."}) == expected
     assert message({"role": "assistant", "content": "a", name: "Hm.", "thinking": "Hm."}) == expected
     assert message({"role": "assistant", "content": "a", name: ""}) == {"role": "assistant", "content": "a"}
@@ -254,6 +256,9 @@ def test_weights_that_agree() -> None:
         ({"weight": -1}, "weight", "must be a finite number, at least 0, not -1"),
         ({"loss_weight": float("inf")}, "loss_weight", "must be a finite number"),
         ({"loss_weight": float("nan")}, "loss_weight", "must be a finite number"),
+        ({"weight": 1e60}, "weight", "must be 0, or from 1e-30 to 1e+30, not 1e+60"),
+        ({"weight": 1e-60}, "weight", "must be 0, or from 1e-30 to 1e+30, not 1e-60"),
+        ({"weight": 10**400}, "weight", "must be 0, or from 1e-30 to 1e+30"),
         ({"mask": True}, "mask", "can be meant in two ways"),
         ({"mask": 0}, "mask", "can be meant in two ways"),
         ({"train_detail": [{"begin_offset": 0}]}, "train_detail", "training on parts of a message"),

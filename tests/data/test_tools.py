@@ -56,6 +56,14 @@ def test_what_else_a_schema_has_is_kept() -> None:
     assert tools([tool]) == (tool,)
 
 
+def test_keys_keep_their_order() -> None:
+    """Templates write schemas and calls out as JSON, in this order."""
+    schema = {"function": {"description": "d", "name": "f"}, "type": "function"}
+    assert json.dumps(read_tools([schema], "tools", Problems())) == json.dumps([schema])
+    call = {"id": "1", "function": {"arguments": {}, "name": "f"}, "type": "function"}
+    assert json.dumps(read_calls([call], "tool_calls", Problems())) == json.dumps([call])
+
+
 def test_nulls_of_tables() -> None:
     filled = {"type": "function", "function": {**SCHEMA, "strict": None}, "extra": None}
     bare = {"name": "add", "description": "Adds.", "parameters": {"type": "object", "properties": {"a": {}}}}

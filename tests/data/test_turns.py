@@ -54,6 +54,8 @@ def test_thoughts_stripped_from_history_split_the_conversation() -> None:
     last = encode(row, tokenizer, "last_assistant")
     assert trained(last, tokenizer) == trained(second, tokenizer) and last.notes == ()
     assert trained(encode(chat(*LONG, prompt=3), tokenizer), tokenizer) == trained(last, tokenizer)
+    bad = refused(chat(*LONG, prompt=1), tokenizer, "completion")
+    assert bad.key == "completion[0]" and "differently once others follow" in bad.reason
 
 
 def test_turns_that_agree_share_a_sample() -> None:
