@@ -109,6 +109,7 @@ def _config_command(command: str, arguments: Sequence[str], options: Any) -> tup
         config, rest = Config(), list(arguments)
     else:
         config, rest = load_config(arguments[0]), list(arguments[1:])
+    config, rest = _take_objective_parameters(config, rest)
     rest = [YAML_WORDS.get(word, word) for word in rest]
     both = dataclasses.make_dataclass(
         "both",
@@ -120,7 +121,34 @@ def _config_command(command: str, arguments: Sequence[str], options: Any) -> tup
     )
     both.__doc__ = f"posttrain {command} CONFIG: {COMMANDS[command].split('  ')[-1].strip()}."
     parsed = _parse(both, rest, f"{command} CONFIG")
-    return parsed.config, parsed.options
+    return _with_parameters(parsed.config, config.objective.model_extra or {}), parsed.options
+
+
+def _take_objective_parameters(config: Any, arguments: list[str]) -> tuple[Any, list[str]]:
+    """`--objective.beta 0.2`: which parameters there are depends on the loss, so they are no fields of the config. They
+    are checked where the loss is built."""
+    import yaml
+
+    prefix, given, rest = "--objective.", {}, []
+    words = iter(arguments)
+    for word in words:
+        name, equals, value = word.removeprefix(prefix).partition("=")
+        name = name.replace("-", "_")
+        if not word.startswith(prefix) or name in type(config.objective).model_fields:
+            rest.append(word)
+            continue
+        value = value if equals else next(words, None)
+        if value is None:
+            print(f"{word}: needs a value", file=sys.stderr)
+            raise SystemExit(2)
+        given[name] = yaml.safe_load(value)
+    return _with_parameters(config, given), rest
+
+
+def _with_parameters(config: Any, given: dict[str, Any]) -> Any:
+    """The config with more parameters of its objective; they are no fields, so nothing else passes them on."""
+    objective = type(config.objective).model_validate({**config.objective.model_dump(), **given})
+    return config.model_copy(update={"objective": objective})
 
 
 @dataclass(frozen=True)

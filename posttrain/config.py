@@ -162,12 +162,25 @@ class DataConfig(Section):
     """Where tokenized data is kept; default: ~/.cache/posttrain/tokens (or $XDG_CACHE_HOME)."""
 
 
+class ReferenceConfig(Section):
+    """The model that preference losses compare with."""
+
+    path: str | None = None
+    """Default: the model that is trained, as it was at the start."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    logps: Literal["cached", "online"] = "cached"
+    """cached: its log-probabilities are computed once and kept on disk; online: it stays in memory."""
+
+
 class ObjectiveConfig(BaseModel):
     """The loss by name; its own parameters stand beside the name and are checked where the loss is built."""
 
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False, use_attribute_docstrings=True)
     name: str = "sft"
-    """Which loss: sft."""
+    """Which loss: sft, or one of preference pairs (sigmoid, ipo, simpo, ...)."""
+    file: str | None = None
+    """A Python file with losses of your own, named like the others."""
 
 
 class TrainConfig(Section):
@@ -260,8 +273,7 @@ class Config(Section):
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig = DataConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
-    reference: Annotated[dict[str, Any] | None, tyro.conf.Suppress] = None
-    """The reference model of preference losses (not served yet)."""
+    reference: ReferenceConfig = ReferenceConfig()
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()

@@ -17,6 +17,7 @@ from posttrain.parallel.sharding import flatten
 from posttrain.records import Params
 from posttrain.train.checkpoint import Checkpoints
 from posttrain.train.heldout import DatasetLoss
+from posttrain.train.reference import with_reference
 from posttrain.train.resume import check_vocabulary
 from posttrain.train.setup import Experiment
 
@@ -43,7 +44,7 @@ def evaluate(config: Config, options: EvaluateOptions) -> None:
     }
     experiment = build(config.model_copy(update=one_epoch))
     name, data = _choose_data(experiment, options)
-    loss = DatasetLoss(experiment.loss, experiment.mesh, experiment.micro_rows)
+    loss = DatasetLoss(experiment.loss, experiment.mesh, experiment.micro_rows, with_reference(experiment))
     params = _choose_params(experiment, options)
     values: dict[str, Any] = {"split": name, "samples": data.num_samples, "tokens": data.num_tokens}
     if options.gradient_norms:

@@ -4,7 +4,6 @@ Order: what the config alone can tell, then the tokenizer, which may have new to
 devices, the data, the weights.
 """
 
-import inspect
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -13,11 +12,10 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pydantic
 from etils import epath
 from jax.sharding import Mesh
 
-from posttrain.config import Config, DataConfig, MeshConfig, ModelConfig, ObjectiveConfig, describe_errors, dump_config
+from posttrain.config import Config, DataConfig, MeshConfig, ModelConfig, dump_config
 from posttrain.data.inspect import Inspection, InspectOptions, gather
 from posttrain.data.pipeline import Datasets, build_datasets
 from posttrain.data.stats import SourceStats
@@ -26,17 +24,14 @@ from posttrain.errors import UserError, UserErrors
 from posttrain.models import hf
 from posttrain.models.decoder import ComputeOptions, Remat, abstract_decoder
 from posttrain.models.embeddings import NewRows, grow_vocabulary
-from posttrain.objectives import supervised
+from posttrain.objectives.find import build_objective
 from posttrain.parallel.mesh import barrier, check_mesh, gather_texts, make_mesh, row_shards, start_processes
 from posttrain.parallel.sharding import flatten, place
-from posttrain.records import Objective
 from posttrain.train.metrics import table
 from posttrain.train.optim import make_optimizer
 from posttrain.train.resume import run_clock
 from posttrain.train.setup import Experiment, ModelSetup
 from posttrain.train.step import LossSums
-
-OBJECTIVE_MODULES = (supervised,)
 
 
 def check_config(config: Config) -> list[str]:
@@ -44,7 +39,6 @@ def check_config(config: Config) -> list[str]:
     model, problems = config.model, check_mesh(config.mesh)
     unserved = {
         "model.lora": model.lora,
-        "reference": config.reference,
         "log.wandb": config.log.wandb,
     }
     problems += [f"{key} = {value!r}: not served yet; leave it out" for key, value in unserved.items() if value]
@@ -57,7 +51,16 @@ def check_config(config: Config) -> list[str]:
     if config.log.profile_steps is not None and not 0 <= config.log.profile_steps[0] < config.log.profile_steps[1]:
         problems.append(f"log.profile_steps = {config.log.profile_steps}: give first < last, counted from 0")
     try:
-        build_objective(config.objective)
+        objective = build_objective(config.objective)
+        data = config.data
+        name, path = config.objective.name, config.reference.path
+        if path is not None and not objective.needs_reference:
+            problems.append(f"reference.path = {path!r}: the objective {name} takes no reference; leave it out")
+        if objective.rows == "pairs" and 2 * data.max_length > data.row_length:
+            problems.append(
+                f"data.row_length = {data.row_length}: a row must hold a pair, two samples of data.max_length = "
+                f"{data.max_length}; raise row_length to {2 * data.max_length} or lower max_length"
+            )
     except UserErrors as error:
         problems += error.problems
     return problems
@@ -94,30 +97,6 @@ def _token_problems(config: Config) -> list[str]:
     if config.optimizer.only_new_tokens and not tokens:
         problems.append("optimizer.only_new_tokens: tokenizer.add_special_tokens is empty, so nothing would be trained")
     return problems
-
-
-def build_objective(config: ObjectiveConfig) -> Objective:
-    """The loss function named in the config, called with its own parameters. Raises `UserErrors`."""
-    makers = {
-        name: function
-        for module in OBJECTIVE_MODULES
-        for name, function in inspect.getmembers(module, inspect.isfunction)
-        if function.__module__ == module.__name__ and inspect.signature(function).return_annotation is Objective
-    }
-    if config.name not in makers:
-        raise UserErrors([f"objective.name = {config.name!r}: known are {', '.join(sorted(makers))}"])
-    maker = makers[config.name]
-    fields: dict[str, Any] = {
-        name: (parameter.annotation, parameter.default)
-        for name, parameter in inspect.signature(maker).parameters.items()
-    }
-    forbid = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-    schema = pydantic.create_model(f"objective {config.name}", __config__=forbid, **fields)
-    try:
-        values = schema.model_validate(config.model_extra or {})
-    except pydantic.ValidationError as error:
-        raise UserErrors([f"objective.{line}" for line in describe_errors(error, schema)]) from error
-    return maker(**dict(values))
 
 
 def batch_split(config: Config, sizes: dict[str, int]) -> tuple[int, int]:
@@ -196,6 +175,10 @@ def inspect_data(config: Config, options: InspectOptions) -> Inspection:
     problems = _token_problems(config) + _data_problems(config.data)
     if not (config.tokenizer.path or config.model.path):
         problems.append("model.path and tokenizer.path are empty: name the one whose tokenizer is to be used")
+    if build_objective(config.objective).rows != "single":
+        problems.append(
+            f"objective.name = {config.objective.name}: pairs cannot be inspected yet; use objective.name sft"
+        )
     if problems:
         raise UserErrors(problems)
 
@@ -214,6 +197,7 @@ def build(config: Config, *, rejects_dir: str | None = None) -> Experiment:
         raise UserErrors(problems)
     tokenizer = load_tokenizer(config)
     model = setup_model(config.model, config.mesh, tokenizer)
+    objective = build_objective(config.objective)
     reduced = config.train.grad_reduce_dtype
     if reduced is not None and reduced != model.compute_dtype.name:
         raise UserError(
@@ -222,22 +206,41 @@ def build(config: Config, *, rejects_dir: str | None = None) -> Experiment:
         )
     hf.check_weights(model.directory, model.config)
     accumulation, micro_rows = batch_split(config, dict(model.mesh.shape))
+    if objective.whole_batch and accumulation > 1:
+        raise UserError(
+            f"objective.name = {config.objective.name}: it looks at all pairs of a batch together, which cannot be "
+            f"accumulated in {accumulation} parts; set train.micro_batch_size to {config.train.global_batch_size}"
+        )
     shapes = {path: leaf.shape for path, leaf in flatten(model.decoder.shapes).items()}
     optimizer = partial(make_optimizer, config.optimizer, shapes, new_rows=model.new_row_masks)
     optimizer(total_steps=1)  # its patterns are checked before the data is read, which tells the number of steps
     data = build_data(
         config,
         tokenizer,
+        rows=objective.rows,
         heldout_batch_size=micro_rows,
         rejects_dir=rejects_dir,
         barrier=barrier,
         gather=gather_texts,
         is_main=jax.process_index() == 0,
     )
-    loss = LossSums(model.decoder, build_objective(config.objective), model.compute_dtype)
+    loss = LossSums(model.decoder, objective, model.compute_dtype)
+    reference = setup_reference(config, model, tokenizer) if objective.needs_reference else None
+    total = data.train.num_steps
     return Experiment(
-        config, model, tokenizer, data, loss, optimizer(total_steps=data.train.num_steps), accumulation, micro_rows
+        config, model, tokenizer, data, loss, optimizer(total_steps=total), accumulation, micro_rows, reference
     )
+
+
+def setup_reference(config: Config, model: ModelSetup, tokenizer: Tokenizer) -> ModelSetup:
+    """The model to compare with, on the same mesh: by default the one that is trained, as it was at the start."""
+    chosen = config.reference
+    if chosen.path is None:
+        return model
+    path = {"path": chosen.path, "revision": chosen.revision}
+    reference = setup_model(config.model.model_copy(update=path), config.mesh, tokenizer)
+    hf.check_weights(reference.directory, reference.config)
+    return reference
 
 
 def describe(experiment: Experiment) -> None:

@@ -17,8 +17,8 @@ from posttrain.config import MeshConfig, ModelConfig, SourceConfig
 from posttrain.data.chat import Sample, encode_rows
 from posttrain.data.files import BadRow, Record, read_records
 from posttrain.data.formats import to_rows
+from posttrain.data.packed import assemble
 from posttrain.data.packing import plan_rows
-from posttrain.data.pipeline import assemble
 from posttrain.data.rows import Row
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.errors import UserError, UserErrors

@@ -34,6 +34,13 @@ class Batch:
     """int32 `[*A, B, T]`: restart at 0 in every segment."""
     loss_weights: Leaf
     """f32 `[*A, B, T]`: weight of predicting *this* token from the ones before it in its segment; 0 = context."""
+    sides: Leaf = None
+    """int32 `[*A, B, S]`, of preference rows: segment `s + 1` is a chosen answer (1), a rejected one (-1), or there is
+    none (0). The rejected answer of a pair is the segment behind the chosen one."""
+    margins: Leaf = None
+    """f32 `[*A, B, S]`, of preference rows: by how much the chosen answer is better, at the chosen one."""
+    ref_logps: Leaf = None
+    """f32 `[*A, B, T]`: the reference model's log-probability of each token that is trained; 0 elsewhere."""
 
 
 @jax.tree_util.register_dataclass
@@ -47,6 +54,33 @@ class TrainState:
     """int32 scalar: optimizer steps done."""
     key: Leaf
     """uint32 `[2]`: raw threefry key data, a plain array, so that every checkpoint format holds it."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PolicyPairs:
+    """What the model says of pairs of answers: a preference loss that takes no reference is a function of this.
+
+    Every field is f32 `[P]`; log-probabilities are sums over the trained tokens of an answer. A place without a pair
+    has `present` 0 and finite values.
+    """
+
+    chosen: Leaf
+    rejected: Leaf
+    chosen_tokens: Leaf
+    """Trained tokens of the answer; at least 1."""
+    rejected_tokens: Leaf
+    margins: Leaf
+    present: Leaf
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PairLogps(PolicyPairs):
+    """The same, with the reference model's log-probabilities of the same answers."""
+
+    ref_chosen: Leaf
+    ref_rejected: Leaf
 
 
 Reduction = Literal["mean", "sum", "min", "max"]
@@ -93,6 +127,21 @@ class Model(Protocol):
 @runtime_checkable
 class Objective(Protocol):
     """A loss: `sum_k coefficients[k] * terms[k] / weights[k]`, both summed over the global batch first."""
+
+    @property
+    def rows(self) -> Literal["single", "pairs"]:
+        """What it is trained on: single samples, or pairs of answers to one prompt."""
+        ...
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether batches must hold a reference model's log-probabilities."""
+        ...
+
+    @property
+    def whole_batch(self) -> bool:
+        """Whether its terms are no sums over rows, so that a batch cannot be accumulated in parts."""
+        ...
 
     @property
     def coefficients(self) -> Mapping[str, float]: ...

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from posttrain.cli import TrainOptions, _config_command
 from posttrain.config import Config, ObjectiveConfig, dump_config, load_config, parse_config
 from posttrain.errors import UserError, UserErrors
 from posttrain.experiment import build_objective, check_config
@@ -83,7 +84,6 @@ def test_combinations_and_unserved_keys_are_reported_together() -> None:
     text = "\n".join(check_config(config))
     for said in (
         "model.lora",
-        "reference",
         "model.remat",
         "model.path is empty",
         "data.train.0.path is empty",
@@ -101,6 +101,22 @@ def test_the_defaults_miss_only_the_paths() -> None:
     assert [line.split()[0] for line in check_config(Config())] == ["model.path", "data.train.0.path"]
 
 
+def test_a_reference_that_nothing_compares_with() -> None:
+    config = parse_config({"model": {"path": "m"}, "reference": {"path": "x"}, "data": {"train": [{"path": "a"}]}}, "x")
+    assert any("reference.path = 'x': the objective sft takes no reference" in text for text in check_config(config))
+    config = config.model_copy(update={"objective": ObjectiveConfig(name="sigmoid")})
+    assert not any("reference" in text for text in check_config(config))
+
+
 def test_an_unknown_objective_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(UserErrors, match="known are sft"):
+    with pytest.raises(UserErrors, match=r"known are .*sft, sigmoid"):
         build_objective(ObjectiveConfig(name="sfft"))
+
+
+def test_parameters_of_the_objective_from_file_and_command_line(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("objective: {name: sigmoid, beta: 0.5, label_smoothing: 0.1}")
+    given = ["--objective.beta=0.2", "--data.epochs", "3", "--objective.sft-weight", "1e-2"]
+    config, _ = _config_command("train", [str(tmp_path / "c.yaml"), *given], TrainOptions)
+    assert config.objective.model_extra == {"beta": 0.2, "label_smoothing": 0.1, "sft_weight": "1e-2"}
+    assert config.data.epochs == 3 and config.objective.name == "sigmoid"
+    assert dict(build_objective(config.objective).coefficients) == {"preference": 1.0, "sft": 0.01}

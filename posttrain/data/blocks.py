@@ -24,6 +24,8 @@ COLUMNS: Mapping[str, str] = {
     "trained": "<i4",
     "hashes": "<u8",
     "prompt_hashes": "<u8",
+    "splits": "<i4",
+    "margins": "<f4",
 }
 """The arrays of a block: the first two have an element for each token, the others one for each sample."""
 
@@ -80,6 +82,8 @@ class Block:
             "trained": [np.count_nonzero(sample.loss_weights[1:]) for sample in samples],
             "hashes": [whole for whole, _ in hashes],
             "prompt_hashes": [prompt for _, prompt in hashes],
+            "splits": [sample.split for sample in samples],
+            "margins": [sample.margin for sample in samples],
         }
         columns = {name: np.asarray(values[name], dtype) for name, dtype in COLUMNS.items()}
         return cls(columns, rejects, rows, left_out, notes)

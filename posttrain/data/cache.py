@@ -34,6 +34,7 @@ from posttrain.errors import UserError
 log = logging.getLogger(__name__)
 
 _ARRAYS = {"offsets" if name == "lengths" else name: dtype for name, dtype in COLUMNS.items()}
+_CHECKED = ("tokens", "loss_weights", "offsets", "splits", "margins")
 _META, _REJECTS = "meta.json", "rejects.jsonl"
 _CHUNK = 1 << 22
 
@@ -61,6 +62,10 @@ class TokenCache:
     """The first 8 bytes of BLAKE2b over each sample's tokens and loss weights."""
     prompt_hashes: UInt64[np.ndarray, "samples"]
     """The same over the tokens before the first trained one; 0 where nothing is trained."""
+    splits: Int32[np.ndarray, "samples"]
+    """Of pairs of answers: how many of a sample's tokens are the chosen one, the first; 0 for single samples."""
+    margins: Float32[np.ndarray, "samples"]
+    """Of pairs: by how much the chosen answer is better; 0 where the row does not say."""
     rows: int
     """Records read from the file, bad ones included."""
     left_out: int
@@ -69,7 +74,7 @@ class TokenCache:
     notes: Mapping[str, int]
     """How many samples carry each note of the encoder."""
     checksum: int
-    """32 bits of the tokens, weights and borders of all samples: equal for equal samples."""
+    """32 bits of the tokens, weights, borders and margins of all samples: equal for equal samples."""
 
     @property
     def num_samples(self) -> int:
@@ -231,7 +236,7 @@ def read_cache(place: Path, path: str, *, warn: bool = False) -> TokenCache | No
             if _checksum(place / name) != expected["crc32"]:
                 raise ValueError(f"{name} has another checksum than when it was written")
         arrays = {name: _map(place / f"{name}.bin", dtype) for name, dtype in _ARRAYS.items()}
-        samples = [meta["files"][f"{name}.bin"]["crc32"] for name in ("tokens", "loss_weights", "offsets")]
+        samples = [meta["files"][f"{name}.bin"]["crc32"] for name in _CHECKED]
         return TokenCache(
             path=path,
             directory=place,

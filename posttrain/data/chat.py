@@ -32,6 +32,11 @@ class Sample:
     line: int
     notes: tuple[str, ...] = ()
     """What is worth counting about the row; on the first of its samples."""
+    split: int = 0
+    """Of a pair of answers: how many of the tokens are the chosen one, prompt included; the rest are the rejected one,
+    with its prompt. 0 for a single sample."""
+    margin: float = 0.0
+    """Of a pair: by how much the chosen answer is better, if the row says so."""
 
 
 def encode_rows(

@@ -28,7 +28,8 @@ from posttrain.data.inspect_rows import (
     show_samples,
 )
 from posttrain.data.inspect_samples import SourceFile, alike_hashes, choose, find, source_files
-from posttrain.data.pipeline import Datasets, PackedDataset
+from posttrain.data.packed import PackedDataset
+from posttrain.data.pipeline import Datasets
 from posttrain.data.samples import SampleTable, sample_table
 from posttrain.data.sources import tokenize_sources
 from posttrain.data.stats import SourceStats

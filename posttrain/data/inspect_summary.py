@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from posttrain.data.inspect import Inspection
-from posttrain.data.pipeline import PackedDataset
+from posttrain.data.packed import PackedDataset
 from posttrain.data.stats import DUPLICATE, FIXES, SourceStats
 from posttrain.data.turns import NOTE_SPLIT
 

@@ -27,7 +27,7 @@ class TokenizingReport:
         self._builds = [build for build in builds if build.cache is None]
         self._shown = shown and bool(self._builds)
         self._start = time.perf_counter()
-        self._before: Counter[str] | None = None
+        self._before: Counter[str] = Counter()
         self._progress = Progress(
             TextColumn("tokenizing {task.description}", markup=False),
             BarColumn(),
@@ -41,6 +41,7 @@ class TokenizingReport:
         self._task: TaskID | None = None
 
     def __enter__(self) -> "TokenizingReport":
+        self._before = self._counts()
         return self
 
     def update(self) -> None:
@@ -48,8 +49,6 @@ class TokenizingReport:
         if not self._shown:
             return
         counts = self._counts()
-        if self._before is None:
-            self._before = counts
         seconds = time.perf_counter() - self._start
         if seconds < self.QUIET_SECONDS:
             return
@@ -78,13 +77,13 @@ class TokenizingReport:
     ) -> None:
         if self._task is not None:
             self._progress.stop()
-        if self._shown and kind is None:
-            counts, seconds = self._counts(), time.perf_counter() - self._start
+        counts, seconds = self._counts(), time.perf_counter() - self._start
+        if self._shown and kind is None and counts != self._before:
             log.info(
                 "tokenized %s: %s samples, %s tokens in %.1f s (%s tokens/s)",
                 self._builds[0].job.path if len(self._builds) == 1 else self._name(),
                 f"{counts['samples']:,}",
                 f"{counts['tokens']:,}",
                 seconds,
-                f"{(counts - (self._before or Counter()))['tokens'] / seconds:,.0f}",
+                f"{(counts['tokens'] - self._before['tokens']) / seconds:,.0f}",
             )

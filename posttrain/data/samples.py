@@ -20,6 +20,9 @@ from posttrain.data.files import COMPRESSED_SUFFIXES
 from posttrain.data.packing import index_dtype, random_stream, sorting_order
 from posttrain.data.stats import DUPLICATE, OVER_LIMIT, TOO_LONG, TRUNCATED_AWAY, UNTRAINED, SourceStats
 
+PackedSegment = tuple[np.ndarray, np.ndarray]
+"""Token ids and loss weights of one segment."""
+
 _LISTS = tuple(f".json{suffix}" for suffix in ("", *COMPRESSED_SUFFIXES))
 """Files in which several rows may stand on one line."""
 
@@ -41,6 +44,8 @@ class SampleTable:
     """Tokens, after truncation."""
     trained: Int[np.ndarray, "samples"]
     """Tokens with a loss weight; never 0."""
+    max_length: int
+    """Most tokens of a sample, of a pair of each of its sides."""
     keep_end: bool
     """Truncated samples have lost their start, not their end."""
 
@@ -81,13 +86,24 @@ class SampleTable:
         cache = self.caches[self._cache(sample)]
         return f"{cache.path}:{cache.lines[self.index[sample]]}"
 
-    def segment(self, sample: int) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids (int32) and loss weights (f32) of a sample, as views."""
+    def segments(self, sample: int) -> list[PackedSegment]:
+        """Token ids (int32) and loss weights (f32) of a sample, as views; of a pair those of its two sides."""
         cache = self.caches[self._cache(sample)]
-        number, length = int(self.index[sample]), int(self.lengths[sample])
-        start = int(cache.offsets[number + 1]) - length if self.keep_end else int(cache.offsets[number])
-        place = slice(start, start + length)
-        return cache.tokens[place], cache.loss_weights[place]
+        return [(cache.tokens[part], cache.loss_weights[part]) for part in self._places(cache, int(self.index[sample]))]
+
+    def segment_lengths(self, samples: Int[np.ndarray, "samples"]) -> Int[np.ndarray, "segments"]:
+        """Tokens of each segment of these samples."""
+        places = (
+            self._places(self.caches[self._cache(sample)], int(self.index[sample])) for sample in samples.tolist()
+        )
+        return np.array([place.stop - place.start for parts in places for place in parts], np.int32)
+
+    def margin(self, sample: int) -> float:
+        """Of a pair: by how much its chosen side is better; 0 where the row does not say."""
+        return float(self.caches[self._cache(sample)].margins[self.index[sample]])
+
+    def _places(self, cache: TokenCache, number: int) -> list[slice]:
+        return _places(cache, number, self.max_length, self.keep_end)
 
     def take(self, kept: Bool[np.ndarray, "samples"]) -> "SampleTable":
         """The samples that are marked."""
@@ -167,7 +183,13 @@ def sample_table(
     dropped = {key: Counter[str]() for key in caches}
     tables = []
     for number, (key, files) in enumerate(caches.items()):
-        table = _join(key, [_usable(cache, max_length, truncation, dropped[key]) for cache in files], files, truncation)
+        table = _join(
+            key,
+            [_usable(cache, max_length, truncation, dropped[key]) for cache in files],
+            files,
+            max_length,
+            truncation,
+        )
         limit = sources[key].limit
         if limit is not None and len(table) > limit:
             dropped[key][OVER_LIMIT] = len(table) - limit
@@ -192,10 +214,24 @@ _Columns = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Number in the cache, length and trained tokens of each sample."""
 
 
+def _places(cache: TokenCache, number: int, max_length: int, keep_end: bool) -> list[slice]:
+    """Where a sample's segments lie in the cache: one, or the two sides of a pair, each truncated."""
+    start, end, split = int(cache.offsets[number]), int(cache.offsets[number + 1]), int(cache.splits[number])
+    borders = (start, start + split, end) if split else (start, end)
+    return [
+        slice(max(low, high - max_length), high) if keep_end else slice(low, min(high, low + max_length))
+        for low, high in pairwise(borders)
+    ]
+
+
 def _usable(cache: TokenCache, max_length: int, truncation: str, dropped: Counter[str]) -> _Columns:
-    """The cache's samples, truncated, that have a token to train on; adds to `dropped` why the others have not."""
-    lengths = np.diff(cache.offsets)
-    over_long = lengths > max_length
+    """The cache's samples, truncated, that have a token to train on (pairs: on each side); adds to `dropped` why the
+    others have not."""
+    whole = np.diff(cache.offsets)
+    first = np.array(cache.splits, np.int64)
+    second = whole - first  # all of a single sample
+    over_long = (first > max_length) | (second > max_length)
+    lengths = np.minimum(first, max_length) + np.minimum(second, max_length)
     trained = np.array(cache.trained)
     kept = trained > 0
     dropped[UNTRAINED] += len(kept) - int(np.count_nonzero(kept))
@@ -203,15 +239,17 @@ def _usable(cache: TokenCache, max_length: int, truncation: str, dropped: Counte
         dropped[TOO_LONG] += int(np.count_nonzero(kept & over_long))
         kept &= ~over_long
     for sample in np.flatnonzero(kept & over_long).tolist():  # about 1 us each
-        start = int(cache.offsets[sample + 1]) - max_length if truncation == "keep_end" else int(cache.offsets[sample])
-        trained[sample] = np.count_nonzero(cache.loss_weights[start + 1 : start + max_length])
+        places = _places(cache, sample, max_length, truncation == "keep_end")
+        counts = [np.count_nonzero(cache.loss_weights[place.start + 1 : place.stop]) for place in places]
+        trained[sample] = sum(counts) if all(counts) else 0
     dropped[TRUNCATED_AWAY] += int(np.count_nonzero(kept & (trained == 0)))
     kept &= trained > 0
-    np.minimum(lengths, max_length, out=lengths)
     return np.flatnonzero(kept).astype(np.int32), lengths[kept].astype(np.int32), trained[kept]
 
 
-def _join(key: str, parts: Sequence[_Columns], caches: Sequence[TokenCache], truncation: str) -> SampleTable:
+def _join(
+    key: str, parts: Sequence[_Columns], caches: Sequence[TokenCache], max_length: int, truncation: str
+) -> SampleTable:
     """The table of one source."""
     empty = np.zeros(0, np.int32)
     columns = [np.concatenate([empty, *column]) for column in zip(*parts, strict=True)] or [empty] * 3
@@ -223,6 +261,7 @@ def _join(key: str, parts: Sequence[_Columns], caches: Sequence[TokenCache], tru
         index=columns[0],
         lengths=columns[1],
         trained=columns[2],
+        max_length=max_length,
         keep_end=truncation == "keep_end",
     )
 
@@ -240,6 +279,7 @@ def _stack(tables: Sequence[SampleTable]) -> SampleTable:
         index=np.concatenate([table.index for table in tables]),
         lengths=np.concatenate([table.lengths for table in tables]),
         trained=np.concatenate([table.trained for table in tables]),
+        max_length=tables[0].max_length,
         keep_end=tables[0].keep_end,
     )
 

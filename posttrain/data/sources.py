@@ -25,6 +25,7 @@ from posttrain.data.chat import Sample, encode_rows
 from posttrain.data.files import SUFFIXES, BadRow, Part, Record, RecordFile, open_records, read_records
 from posttrain.data.fileversion import FileVersion
 from posttrain.data.formats import read_rows, to_rows
+from posttrain.data.pairs import RowsKind, encode_pairs
 from posttrain.data.progress import TokenizingReport
 from posttrain.data.rows import Row
 from posttrain.data.shards import CacheBuild, build_together
@@ -52,6 +53,7 @@ def tokenize_sources(
     rejects_dir: str | Path | None = None,
     is_main: bool = True,
     barrier: Callable[[str], None] = lambda name: None,
+    rows: RowsKind = "single",
     part_bytes: int = PART_BYTES,
 ) -> dict[str, list[TokenCache]]:
     """The token caches of every source, built where there are none: one for each file that its path names, in order.
@@ -67,12 +69,13 @@ def tokenize_sources(
       is_main: whether this process shows progress and writes the rejects.
       barrier: waits for all processes; called once, with a name, by each that has its caches. One that fails does not
         come: the others meet its error themselves, or hear that it has ended.
+      rows: what the objective is trained on.
       part_bytes: how much of a file is tokenized as one piece.
 
     Raises:
       UserError: all files that cannot be read, and all bad rows that `on_bad_row` does not let pass, together.
     """
-    builds = _prepare(sources, tokenizer, data, part_bytes)
+    builds = _prepare(sources, tokenizer, data, rows, part_bytes)
     together = [build for of_source in builds.values() for build in of_source]
     with TokenizingReport(together, shown=is_main) as report:
         errors = build_together(together, report.update)
@@ -90,7 +93,7 @@ def tokenize_sources(
 
 
 def _prepare(
-    sources: Mapping[str, SourceConfig], tokenizer: Tokenizer, data: DataConfig, part_bytes: int
+    sources: Mapping[str, SourceConfig], tokenizer: Tokenizer, data: DataConfig, rows: RowsKind, part_bytes: int
 ) -> dict[str, list[CacheBuild]]:
     """Finds, identifies and opens all files before any of them is tokenized. Raises all that is wrong with them."""
     builds: dict[str, list[CacheBuild]] = {}
@@ -106,7 +109,7 @@ def _prepare(
             continue
         for path in paths:
             try:
-                job = _FileJob(path, source, tokenizer, data.loss_on, part_bytes)
+                job = _FileJob(path, source, tokenizer, data.loss_on, rows, part_bytes)
                 build = CacheBuild(job, cache_dir=data.cache_dir)
                 if build.cache is None and local_path(path) is not None:
                     with open_records(path):
@@ -160,10 +163,17 @@ class _FileJob:
     """How one data file becomes blocks of samples: a `Job` of `shards.py`. Raises UserError for an unreadable file."""
 
     def __init__(
-        self, path: str, source: SourceConfig, tokenizer: Tokenizer, loss_on: tuple[str, ...], part_bytes: int
+        self,
+        path: str,
+        source: SourceConfig,
+        tokenizer: Tokenizer,
+        loss_on: tuple[str, ...],
+        rows: RowsKind,
+        part_bytes: int,
     ):
         self.path = path
         self._source, self._tokenizer, self._loss_on, self._part_bytes = source, tokenizer, loss_on, part_bytes
+        self._encode = encode_rows if rows == "single" else encode_pairs
         self._version = FileVersion.of(path)
         self.size = self._version.size
         self.facts = {
@@ -171,6 +181,7 @@ class _FileJob:
             "endings": [end.lower() for end in Path(path).suffixes if end.lower() in SUFFIXES + COMPRESSED_SUFFIXES],
             "source": source.model_dump(mode="json", exclude=_NOT_CONTENT),
             "loss_on": list(loss_on),
+            "rows": rows,
             "tokenizer": tokenizer.fingerprint,
             "code": _code_fingerprint(),
         }
@@ -205,7 +216,7 @@ class _FileJob:
     def _block(self, records: Sequence[Record | BadRow]) -> Block:
         made = [[record] if isinstance(record, BadRow) else to_rows(record, self._source) for record in records]
         rows = [row for of_record in made for row in of_record]
-        encoded = encode_rows([row for row in rows if isinstance(row, Row)], self._tokenizer, self._loss_on)
+        encoded = self._encode([row for row in rows if isinstance(row, Row)], self._tokenizer, self._loss_on)
         samples: list[Sample] = []
         bad = [row for row in rows if isinstance(row, BadRow)]
         for outcome in encoded:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -14,6 +15,9 @@ class _SupervisedFineTuning:
     """Negative log-likelihood of the trained tokens, averaged over the weights of the global batch."""
 
     coefficients: Mapping[str, float] = MappingProxyType({"nll": 1.0})
+    rows: Literal["single", "pairs"] = "single"
+    needs_reference: bool = False
+    whole_batch: bool = False
 
     def weights(self, batch: Batch) -> dict[str, Float[Array, ""]]:
         return {"nll": jnp.sum(batch.loss_weights)}

@@ -1,6 +1,6 @@
 """Loss over a whole data set without training: held-out loss in the loop, and the `evaluate` command."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from posttrain.data.pipeline import PackedDataset
+from posttrain.data.packed import PackedDataset
 from posttrain.parallel.sharding import global_batch, local_rows
 from posttrain.records import Batch, Metric, Params
 from posttrain.train.step import LossSums, Scalars, make_eval_step, make_gradient_step, report
@@ -39,8 +39,9 @@ def _add(total: Any, part: Any) -> Any:
 class DatasetLoss:
     """The loss of whole data sets under one compiled step."""
 
-    def __init__(self, loss: LossSums, mesh: Mesh, rows: int):
-        self._loss, self._mesh, self._rows = loss, mesh, rows
+    def __init__(self, loss: LossSums, mesh: Mesh, rows: int, prepare: Callable[[Batch], Batch] = lambda batch: batch):
+        """`prepare` is what every batch passes through first, such as a reference model."""
+        self._loss, self._mesh, self._rows, self._prepare = loss, mesh, rows, prepare
         self._step = jax.jit(make_eval_step(loss))
         self._gradient_step = jax.jit(make_gradient_step(loss))
         self._weights = jax.jit(loss.totals)
@@ -48,7 +49,7 @@ class DatasetLoss:
     def _batches(self, data: PackedDataset) -> Iterator[Batch]:
         """One epoch."""
         for _, batch in global_batches(data, self._mesh, self._rows, stop=data.steps_per_epoch[0]):
-            yield batch
+            yield self._prepare(batch)
 
     def __call__(self, params: Params, data: PackedDataset) -> dict[str, float]:
         """`loss`, the terms and the metrics over all rows; every total spans the whole set."""

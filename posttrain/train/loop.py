@@ -4,7 +4,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from posttrain.train.checkpoint import BEST_METRIC, Checkpoints
 from posttrain.train.flops import StepFlops, peak_flops
 from posttrain.train.heldout import DatasetLoss, global_batches
 from posttrain.train.metrics import Console, MetricsLog, Throughput
+from posttrain.train.reference import with_reference
 from posttrain.train.resume import check_resume, check_vocabulary, save_config
 from posttrain.train.setup import Experiment
 from posttrain.train.step import Scalars, make_train_step
@@ -64,10 +65,17 @@ def _shapes(tree: Any) -> dict[str, tuple[Any, ...]]:
 
 def abstract_batch(experiment: Experiment) -> Batch:
     """Shapes and sharding of what the train step is fed."""
-    shape = (experiment.accumulation, experiment.micro_rows, experiment.config.data.row_length)
-    sharding = batch_sharding(experiment.mesh)
-    ints = jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding)
-    return Batch(ints, ints, ints, jax.ShapeDtypeStruct(shape, np.float32, sharding=sharding))
+    accumulation, rows, length = experiment.accumulation, experiment.micro_rows, experiment.config.data.row_length
+    sharding, slots = batch_sharding(experiment.mesh), experiment.data.train.slots
+
+    def shaped(dtype: Any, size: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((accumulation, rows, size), dtype, sharding=sharding)
+
+    ints = shaped(np.int32, length)
+    batch = Batch(ints, ints, ints, shaped(np.float32, length))
+    if slots is not None:
+        batch = replace(batch, sides=shaped(np.int32, slots), margins=shaped(np.float32, slots))
+    return batch if experiment.reference is None else replace(batch, ref_logps=shaped(np.float32, length))
 
 
 def compile_step(experiment: Experiment) -> OneShape:
@@ -82,6 +90,9 @@ def run(experiment: Experiment) -> RunResult:
     run_dir = epath.Path(config.run.dir)
     is_main = jax.process_index() == 0
     last_step = data.train.num_steps
+
+    # --- The model to compare with, if the objective has one; unless online, it is gone before the other comes -------
+    attach_reference = with_reference(experiment)
 
     # --- Where the run stands -------------------------------------------------------------------------------------
     checkpoints = Checkpoints(run_dir, config.checkpoint)
@@ -111,7 +122,7 @@ def run(experiment: Experiment) -> RunResult:
     log = MetricsLog(run_dir, tensorboard=config.log.tensorboard, is_main=is_main, resume_step=start)
 
     # --- Compile, once ----------------------------------------------------------------------------------------------
-    heldout_loss = DatasetLoss(experiment.loss, mesh, experiment.micro_rows)
+    heldout_loss = DatasetLoss(experiment.loss, mesh, experiment.micro_rows, attach_reference)
     train_step = None
     if start < last_step:
         compile_start = time.monotonic()
@@ -177,7 +188,7 @@ def run(experiment: Experiment) -> RunResult:
         for step, (index, batch) in enumerate(batches, start + 1):
             assert train_step is not None and index == step - 1
             _profile(config.log.profile_steps, step - 1, run_dir)
-            state, logged = train_step(state, batch)
+            state, logged = train_step(state, attach_reference(batch))
             if pending is not None:
                 read(*pending)
             pending = (step, logged, flops(data.train, step - 1))

@@ -81,6 +81,8 @@ class Experiment:
     """Accumulation steps per optimizer step."""
     micro_rows: int
     """Rows of one accumulation step, over all devices."""
+    reference: ModelSetup | None = None
+    """The model that the objective compares with, if it needs one."""
 
     @property
     def mesh(self) -> Mesh:

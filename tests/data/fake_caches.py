@@ -21,6 +21,8 @@ def fake_cache(
     left_out: int = 0,
     bad_rows: int = 0,
     notes: Mapping[str, int] | None = None,
+    splits: Sequence[int] | None = None,
+    margins: Sequence[float] | None = None,
 ) -> TokenCache:
     """A cache of these (tokens, loss weights); lines count from 1."""
     tokens = [np.array(ids, np.int32) for ids, _ in samples]
@@ -37,6 +39,8 @@ def fake_cache(
         trained=np.array([len(places) for places in trained], np.int32),
         hashes=np.array([_hash(t.tobytes(), w.tobytes()) for t, w in zip(tokens, weights, strict=True)], np.uint64),
         prompt_hashes=np.array([0 if ids is None else _hash(ids.tobytes()) for ids in prompts], np.uint64),
+        splits=np.array([0] * len(samples) if splits is None else splits, np.int32),
+        margins=np.array([0] * len(samples) if margins is None else margins, np.float32),
         rows=len(samples) + left_out + bad_rows,
         left_out=left_out,
         notes=notes or {},

@@ -35,7 +35,7 @@ def tabulate(
 
 
 def tokens_of(table: SampleTable) -> list[list[int]]:
-    return [table.segment(sample)[0].tolist() for sample in range(len(table))]
+    return [table.segments(sample)[0][0].tolist() for sample in range(len(table))]
 
 
 def places(table: SampleTable) -> list[str]:
@@ -72,7 +72,7 @@ def test_truncation_policies(truncation, kept, trained, dropped):
         token: weight for ids, weights in counting(WEIGHTS) for token, weight in zip(ids, weights, strict=True)
     }
     for sample in range(len(table)):
-        ids, weights = table.segment(sample)
+        ((ids, weights),) = table.segments(sample)
         assert weights.tolist() == [weight_of[token] for token in ids.tolist()]
     assert places(table) == [f"a.jsonl:{line}" for line in kept]
     assert table.trained.tolist() == trained

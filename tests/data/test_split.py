@@ -20,7 +20,7 @@ def table_of(*caches: TokenCache, max_length: int = 100) -> SampleTable:
 
 def contents(table: SampleTable, marked: np.ndarray | None = None) -> list[bytes]:
     chosen = range(len(table)) if marked is None else np.flatnonzero(marked).tolist()
-    return [b"".join(part.tobytes() for part in table.segment(sample)) for sample in chosen]
+    return [b"".join(part.tobytes() for part in table.segments(sample)[0]) for sample in chosen]
 
 
 @pytest.mark.parametrize(
