@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import IO, Annotated, Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 from jaxtyping import Array, Float
@@ -23,7 +22,7 @@ from posttrain.data.rows import Row
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.errors import UserError, UserErrors
 from posttrain.experiment import setup_model
-from posttrain.objectives.logps import token_stats
+from posttrain.objectives.logps import batch_stats
 from posttrain.parallel.mesh import row_shards
 from posttrain.parallel.sharding import global_batch, local_rows, replicated
 from posttrain.records import Batch, Params
@@ -156,14 +155,7 @@ def score(
 def token_logps(setup: ModelSetup, params: Params, batch: Batch) -> Float[Array, "B T"]:
     """Log-prob of every token of a packed batch; call under jit."""
     model = setup.model(params)
-    stats = token_stats(
-        model.hidden(batch),
-        model.head(),
-        jnp.asarray(batch.tokens),
-        jnp.asarray(batch.segment_ids),
-        vocab_size=model.vocab_size,
-    )
-    return stats.logps
+    return batch_stats(model, batch).logps
 
 
 def _batches(lengths: Sequence[int], rows: int, packed: bool, row_length: int) -> Iterator[tuple[int, list[list[int]]]]:

@@ -17,6 +17,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from posttrain.parallel.sharding import MESH_AXES
+from posttrain.records import Batch, Model
 
 # Logit of the head's padding rows. Finite, so that 0 * MASKED is 0 in the entropy and its gradient.
 MASKED = -1e30
@@ -97,6 +98,13 @@ def token_stats(
         return jnp.pad(jnp.where(predicts, values, 0.0)[:, :-1], ((0, 0), (1, 0)))
 
     return jax.tree.map(at_target, sources)
+
+
+def batch_stats(model: Model, batch: Batch, *, needed: Bool[Array, "B T"] | None = None) -> TokenStats:
+    """`token_stats` of what the model says about packed rows."""
+    tokens, segment_ids = jnp.asarray(batch.tokens), jnp.asarray(batch.segment_ids)
+    hidden, head = model.hidden(batch), model.head()
+    return token_stats(hidden, head, tokens, segment_ids, vocab_size=model.vocab_size, needed=needed)
 
 
 def _chunk_count(V: int, chunk_vocab: int) -> int:

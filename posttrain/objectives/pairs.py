@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from posttrain.objectives.logps import token_stats
+from posttrain.objectives.logps import batch_stats
 from posttrain.records import Batch, Metric, Model, PairLogps, PolicyPairs
 
 PairLoss = Callable[[Any], Float[Array, "P"]]
@@ -43,14 +43,7 @@ class PreferenceObjective:
     def terms(self, model: Model, batch: Batch) -> tuple[dict[str, Float[Array, ""]], dict[str, Metric]]:
         weights = jnp.asarray(batch.loss_weights)
         trained = weights > 0
-        stats = token_stats(
-            model.hidden(batch),
-            model.head(),
-            jnp.asarray(batch.tokens),
-            jnp.asarray(batch.segment_ids),
-            vocab_size=model.vocab_size,
-            needed=trained,
-        )
+        stats = batch_stats(model, batch, needed=trained)
         pairs = pairs_of(batch, stats.logps)
         losses = jnp.where(pairs.present > 0, self._loss(pairs), 0.0)
         terms = {"preference": jnp.sum(losses)}

@@ -7,7 +7,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from posttrain.objectives.logps import token_stats
+from posttrain.objectives.logps import batch_stats
 from posttrain.records import Batch, Metric, Model, Objective
 
 
@@ -25,14 +25,7 @@ class _SupervisedFineTuning:
     def terms(self, model: Model, batch: Batch) -> tuple[dict[str, Float[Array, ""]], dict[str, Metric]]:
         weights = jnp.asarray(batch.loss_weights)
         trained = weights > 0
-        stats = token_stats(
-            model.hidden(batch),
-            model.head(),
-            jnp.asarray(batch.tokens),
-            jnp.asarray(batch.segment_ids),
-            vocab_size=model.vocab_size,
-            needed=trained,
-        )
+        stats = batch_stats(model, batch, needed=trained)
         count = jnp.sum(trained.astype(jnp.float32))
         metrics = {
             "entropy": Metric(jnp.sum(stats.entropy), count),

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Float32
 from posttrain.data.cache import default_cache_dir, writing
 from posttrain.data.claims import sync, temporary_name
 from posttrain.data.packed import PackedDataset, RefLogps, token_starts
-from posttrain.objectives.logps import token_stats
+from posttrain.objectives.logps import batch_stats
 from posttrain.parallel.mesh import barrier
 from posttrain.parallel.sharding import batch_sharding, replicated
 from posttrain.records import Batch, Params
@@ -105,14 +105,7 @@ def _logps(setup: ModelSetup, params: Params, batch: Batch) -> Float[Array, "A B
     model = setup.model(params)
 
     def of_micro(_: None, micro: Batch) -> tuple[None, Float[Array, "B T"]]:
-        stats = token_stats(
-            model.hidden(micro),
-            model.head(),
-            jnp.asarray(micro.tokens),
-            jnp.asarray(micro.segment_ids),
-            vocab_size=model.vocab_size,
-            needed=jnp.asarray(micro.loss_weights) > 0,
-        )
+        stats = batch_stats(model, micro, needed=jnp.asarray(micro.loss_weights) > 0)
         return None, stats.logps
 
     return jax.lax.scan(of_micro, None, batch)[1]

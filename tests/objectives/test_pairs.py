@@ -13,6 +13,7 @@ from posttrain.data.packed import assemble, with_pairs
 from posttrain.errors import UserErrors
 from posttrain.models.decoder import ComputeOptions, DecoderConfig, abstract_decoder, init_params
 from posttrain.objectives.find import build_objective
+from posttrain.objectives.logps import batch_stats
 from posttrain.parallel.mesh import make_mesh
 from posttrain.parallel.sharding import batch_sharding, flatten, place, unflatten
 from posttrain.records import Batch, Params
@@ -175,11 +176,7 @@ def test_where_model_and_reference_agree_the_margins_are_zero(params: Params) ->
     model = abstract_decoder(CONFIG, options=ComputeOptions("chunked", "none")).merge(params)
 
     def own(batch: Batch) -> Any:
-        from posttrain.objectives.logps import token_stats
-
-        needed = jnp.asarray(batch.loss_weights) > 0
-        tokens, ids = jnp.asarray(batch.tokens), jnp.asarray(batch.segment_ids)
-        return token_stats(model.hidden(batch), model.head(), tokens, ids, vocab_size=250, needed=needed).logps
+        return batch_stats(model, batch, needed=jnp.asarray(batch.loss_weights) > 0).logps
 
     batch = replace(batch, ref_logps=np.asarray(jax.jit(own)(batch)))
     for beta in (0.1, 2.0):
