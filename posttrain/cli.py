@@ -13,6 +13,7 @@ COMMANDS = {
     "generate": "MODEL ROWS  complete prompts or chats, JSON Lines in and out",
     "chat": "MODEL       talk to a model in the terminal",
     "logprobs": "MODEL ROWS  log-probability of every token, JSON Lines in and out",
+    "score": "MODEL ROWS  what a reward model gives each row, JSON Lines in and out",
     "import": "GGUF OUT    turn a GGUF file into a Hugging Face directory",
     "export": "RUN OUT     write a run's checkpoint as a Hugging Face directory",
 }
@@ -220,6 +221,7 @@ HANDLERS: dict[str, Callable[[Sequence[str]], int]] = {
     "generate": _simple("generate", "generate", "GenerateOptions", "generate_file"),
     "chat": _simple("chat", "generate", "ChatOptions", "chat"),
     "logprobs": _simple("logprobs", "logprobs", "LogprobsOptions", "logprobs"),
+    "score": _simple("score", "score", "ScoreOptions", "score"),
     "import": _simple("import", "convert", "ImportOptions", "import_model"),
     "export": _simple("export", "convert", "ExportOptions", "export_run"),
 }

@@ -4,7 +4,7 @@ Checks of single fields live here, checks that need two sections (or the model, 
 """
 
 import difflib
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -74,12 +74,15 @@ Format = Literal[
     "prompt",
     "preference",
     "unpaired_preference",
+    "ranking",
     "stepwise_supervision",
     "sharegpt",
     "alpaca",
     "hh",
     "tree",
 ]
+
+Pairs = Literal["all", "best_worst", "neighbours"]
 
 
 class RowsConfig(Section):
@@ -90,10 +93,17 @@ class RowsConfig(Section):
     columns: dict[str, str] = {}
     """What the columns are called here, by their usual names: `{prompt: question, completion: answer}`."""
     preference: Literal["error", "chosen"] = "error"
-    """What supervised fine-tuning makes of preference rows; chosen: it trains on the chosen answers (of unpaired rows
-    on those labelled true)."""
-    tree: Literal["all", "best"] = "all"
-    """Of message trees: all replies, each trained on once, or the best-ranked line only."""
+    """What supervised fine-tuning makes of preference rows; chosen: it trains on the chosen answers (of rankings on the
+    best one, of equals the first; of unpaired rows on those labelled true)."""
+    tree: Literal["all", "best", "pairs"] = "all"
+    """Of message trees: all replies, each trained on once; the best-ranked line only; or, for objectives of pairs, the
+    pairs of the ranked answers to one message, with the conversation up to it as their prompt."""
+    pairs: Pairs = "all"
+    """Of rankings (rows with scores or ranks of several answers, and `tree: pairs`): any two answers, the best against
+    the worst (of equals the first), or any two with no rank between theirs. Equal answers are never paired."""
+    margins: Switch = False
+    """Of rankings with scores: a pair's margin is the difference of its scores, in whatever unit they are. For losses
+    that read margins; without, they are 0."""
 
 
 class SourceConfig(RowsConfig):
@@ -177,8 +187,9 @@ class ObjectiveConfig(BaseModel):
     """The loss by name; its own parameters stand beside the name and are checked where the loss is built."""
 
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False, use_attribute_docstrings=True)
-    name: str = "sft"
-    """Which loss: sft, or one of preference pairs (sigmoid, ipo, simpo, ...)."""
+    name: str | tuple[str, ...] = "sft"
+    """Which loss: sft, one of preference pairs (sigmoid, ipo, simpo, ...) or labelled answers (kto, ...), or reward;
+    several losses of pairs, and sft of their chosen answers, are added up with loss_weights."""
     file: str | None = None
     """A Python file with losses of your own, named like the others."""
 
@@ -321,13 +332,14 @@ def parse_config(raw: dict[str, Any], origin: str) -> Config:
         raise UserErrors([f"{origin}: {problem}" for problem in describe_errors(error, Config)]) from error
 
 
-def describe_errors(error: pydantic.ValidationError, model: type[BaseModel]) -> list[str]:
-    """One line for each problem: key, value, constraint, and the nearest valid name for an unknown key."""
+def describe_errors(error: pydantic.ValidationError, model: type[BaseModel], also: Iterable[str] = ()) -> list[str]:
+    """One line for each problem: key, value, constraint, and the nearest valid name for an unknown key; `also` are
+    names that are valid beside the model's."""
     lines = []
     for item in error.errors(include_url=False):
         key = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            names = _field_names(model, item["loc"][:-1])
+            names = [*_field_names(model, item["loc"][:-1]), *also]
             near = difflib.get_close_matches(str(item["loc"][-1]), names, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(names)}"
             lines.append(f"{key}: unknown key; {hint}")

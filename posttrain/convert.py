@@ -62,8 +62,9 @@ def export_run(options: ExportOptions) -> None:
     if step is None or step not in checkpoints.steps():
         raise UserError(f"{run_dir}: no checkpoint of step {options.step}; there are {checkpoints.steps() or 'none'}")
     tokenizer = load_tokenizer(config)
-    model = setup_model(config.model, options.mesh, tokenizer)
-    check_vocabulary(run_dir, checkpoints.read_meta(step)["vocabulary"], model.vocabulary)
+    meta = checkpoints.read_meta(step)
+    model = setup_model(config.model, options.mesh, tokenizer, head=meta.get("head", "lm"))
+    check_vocabulary(run_dir, meta["vocabulary"], model.vocabulary)
     params = checkpoints.restore_params(step, model.abstract_params)
     hf.export_hf(
         params,

@@ -21,12 +21,13 @@ from posttrain.data.pipeline import Datasets, build_datasets
 from posttrain.data.stats import SourceStats
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.errors import UserError, UserErrors
-from posttrain.models import hf
+from posttrain.models import classifier, hf
 from posttrain.models.decoder import ComputeOptions, Remat, abstract_decoder
 from posttrain.models.embeddings import NewRows, grow_vocabulary
 from posttrain.objectives.find import build_objective
 from posttrain.parallel.mesh import barrier, check_mesh, gather_texts, make_mesh, row_shards, start_processes
 from posttrain.parallel.sharding import flatten, place
+from posttrain.records import Head
 from posttrain.train.metrics import table
 from posttrain.train.optim import make_optimizer
 from posttrain.train.resume import run_clock
@@ -52,15 +53,10 @@ def check_config(config: Config) -> list[str]:
         problems.append(f"log.profile_steps = {config.log.profile_steps}: give first < last, counted from 0")
     try:
         objective = build_objective(config.objective)
-        data = config.data
         name, path = config.objective.name, config.reference.path
         if path is not None and not objective.needs_reference:
             problems.append(f"reference.path = {path!r}: the objective {name} takes no reference; leave it out")
-        if objective.rows == "pairs" and 2 * data.max_length > data.row_length:
-            problems.append(
-                f"data.row_length = {data.row_length}: a row must hold a pair, two samples of data.max_length = "
-                f"{data.max_length}; raise row_length to {2 * data.max_length} or lower max_length"
-            )
+        problems += _row_problems(config.data, objective.rows == "pairs" or objective.mismatched)
     except UserErrors as error:
         problems += error.problems
     return problems
@@ -87,6 +83,16 @@ def _data_problems(data: DataConfig) -> list[str]:
     if data.heldout.path and "fraction" in data.heldout.model_fields_set and data.heldout.fraction > 0.0:
         problems.append("data.heldout: both path and fraction are given; keep one (fraction: 0 with a path)")
     return problems
+
+
+def _row_problems(data: DataConfig, pairs: bool) -> list[str]:
+    """`pairs`: whether a sample has two segments."""
+    if not pairs or 2 * data.max_length <= data.row_length:
+        return []
+    return [
+        f"data.row_length = {data.row_length}: a row must hold a pair, two segments of data.max_length = "
+        f"{data.max_length}; raise row_length to {2 * data.max_length} or lower max_length"
+    ]
 
 
 def _token_problems(config: Config) -> list[str]:
@@ -120,11 +126,15 @@ def batch_split(config: Config, sizes: dict[str, int]) -> tuple[int, int]:
     return rows // micro, micro
 
 
-def setup_model(config: ModelConfig, mesh_config: MeshConfig, tokenizer: Tokenizer | None = None) -> ModelSetup:
+def setup_model(
+    config: ModelConfig, mesh_config: MeshConfig, tokenizer: Tokenizer | None = None, *, head: Head = "lm"
+) -> ModelSetup:
     """Reads the model's `config.json`, starts the devices and places every parameter; loads nothing yet. With a
-    tokenizer the embeddings have a row for each of its tokens."""
+    tokenizer the embeddings have a row for each of its tokens. With the head `score` it is a reward model, whose score
+    head is new where the directory holds a language model; the other way round is refused."""
     directory = hf.resolve_model(config.path, config.revision)
     decoder_config, raw = hf.load_config(directory)
+    decoder_config = classifier.with_head(decoder_config, head, raw, str(directory))
     new_rows = NewRows()
     if tokenizer is not None:
         decoder_config, new_rows = grow_vocabulary(decoder_config, tokenizer)
@@ -175,18 +185,23 @@ def inspect_data(config: Config, options: InspectOptions) -> Inspection:
     problems = _token_problems(config) + _data_problems(config.data)
     if not (config.tokenizer.path or config.model.path):
         problems.append("model.path and tokenizer.path are empty: name the one whose tokenizer is to be used")
-    if build_objective(config.objective).rows != "single":
-        problems.append(
-            f"objective.name = {config.objective.name}: pairs cannot be inspected yet; use objective.name sft"
-        )
+    objective = build_objective(config.objective)
+    rows = objective.rows
+    problems += _row_problems(config.data, rows == "pairs" or objective.mismatched)
     if problems:
         raise UserErrors(problems)
 
     def build(data: DataConfig) -> Datasets:
-        return build_data(config.model_copy(update={"data": data}), tokenizer, rejects_dir=None)
+        return build_data(
+            config.model_copy(update={"data": data}),
+            tokenizer,
+            rows=rows,
+            mismatched=objective.mismatched,
+            rejects_dir=None,
+        )
 
     tokenizer = load_tokenizer(config)
-    return gather(config.data, tokenizer, build, options, seed=config.run.seed)
+    return gather(config.data, tokenizer, build, options, rows=rows, seed=config.run.seed)
 
 
 def build(config: Config, *, rejects_dir: str | None = None) -> Experiment:
@@ -196,8 +211,8 @@ def build(config: Config, *, rejects_dir: str | None = None) -> Experiment:
     if problems:
         raise UserErrors(problems)
     tokenizer = load_tokenizer(config)
-    model = setup_model(config.model, config.mesh, tokenizer)
     objective = build_objective(config.objective)
+    model = setup_model(config.model, config.mesh, tokenizer, head=objective.head)
     reduced = config.train.grad_reduce_dtype
     if reduced is not None and reduced != model.compute_dtype.name:
         raise UserError(
@@ -218,6 +233,7 @@ def build(config: Config, *, rejects_dir: str | None = None) -> Experiment:
         config,
         tokenizer,
         rows=objective.rows,
+        mismatched=objective.mismatched,
         heldout_batch_size=micro_rows,
         rejects_dir=rejects_dir,
         barrier=barrier,
@@ -258,6 +274,11 @@ def describe(experiment: Experiment) -> None:
         ("mesh", _mesh_text(model.mesh)),
         ("compute, parameters", f"{model.compute_dtype}, {config.model.params_dtype}"),
         *([("new tokens", model.new_rows.describe(asked))] if asked else []),
+        *(
+            [("score head", "new: zeros" if model.new_score else "that of the model")]
+            if model.config.num_labels
+            else []
+        ),
         ("attention, remat", f"{model.decoder.options.attention}, {model.decoder.options.remat}"),
         ("rows per optimizer step", f"{train.global_batch_size} of {train.row_length} tokens"),
         ("accumulation steps x rows", f"{experiment.accumulation} x {experiment.micro_rows}"),

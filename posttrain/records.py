@@ -1,8 +1,9 @@
 """The pytrees that flow through every method, and the shape legend of the whole code base.
 
 Shape legend: `B` rows, `T` tokens a row, `S` segments a row (key length in attention), `D` model width, `N` query
-heads, `K` key/value heads, `H` head size, `F` MLP width, `V` vocabulary, `L` layers, `E` experts, `P` prompts, `G`
-completions per prompt, `A` accumulation steps. *axis* is said of the mesh, *dim* of an array.
+heads, `K` key/value heads, `H` head size, `F` MLP width, `V` vocabulary, `L` layers, `E` experts, `P` prompts or
+pairs, `G` completions per prompt, `A` accumulation steps, `C` scores of a classifier. *axis* is said of the mesh,
+*dim* of an array.
 """
 
 from collections.abc import Mapping
@@ -35,8 +36,9 @@ class Batch:
     loss_weights: Leaf
     """f32 `[*A, B, T]`: weight of predicting *this* token from the ones before it in its segment; 0 = context."""
     sides: Leaf = None
-    """int32 `[*A, B, S]`, of preference rows: segment `s + 1` is a chosen answer (1), a rejected one (-1), or there is
-    none (0). The rejected answer of a pair is the segment behind the chosen one."""
+    """int32 `[*A, B, S]`, of preference rows: segment `s + 1` is a chosen or desirable answer (1), a rejected or
+    undesirable one (-1), an answer to another prompt (2), or there is none (0). The rejected answer of a pair is the
+    segment behind the chosen one, the mismatched answer that behind the labelled one."""
     margins: Leaf = None
     """f32 `[*A, B, S]`, of preference rows: by how much the chosen answer is better, at the chosen one."""
     ref_logps: Leaf = None
@@ -83,6 +85,42 @@ class PairLogps(PolicyPairs):
     ref_rejected: Leaf
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PairScores:
+    """What a reward model says of pairs of answers: a loss of reward models is a function of this.
+
+    Every field is f32 `[P]`. A place without a pair has `present` 0 and finite values.
+    """
+
+    chosen: Leaf
+    rejected: Leaf
+    margins: Leaf
+    """By how much the chosen answer is better, where the data says so; else 0."""
+    present: Leaf
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LabelledLogps:
+    """What the model and the reference say of single answers that are labelled good or bad: a loss of unpaired
+    preferences is a function of this.
+
+    Every field but `kl` is f32 `[P]`; log-probabilities are sums over the trained tokens of an answer. A place without
+    an answer has label 0 and finite values.
+    """
+
+    logps: Leaf
+    ref_logps: Leaf
+    tokens: Leaf
+    """Trained tokens of the answer; at least 1."""
+    labels: Leaf
+    """1 desirable, -1 undesirable, 0 no answer."""
+    kl: Leaf
+    """f32 scalar without gradient, not below 0: the mean log-ratio of answers to other prompts, over the whole batch;
+    0 for a loss that does not ask for it."""
+
+
 Reduction = Literal["mean", "sum", "min", "max"]
 
 
@@ -101,11 +139,44 @@ class Metric:
         reduce = {"mean": jnp.sum, "sum": jnp.sum, "min": jnp.min, "max": jnp.max}[self.reduction]
         return Metric(reduce(self.total), jnp.sum(self.weight), self.reduction)
 
+    def plus(self, other: "Metric") -> "Metric":
+        """The metric of both."""
+        stacked = Metric(jnp.stack([self.total, other.total]), jnp.stack([self.weight, other.weight]), self.reduction)
+        return stacked.over_micro_batches()
+
     def value(self) -> Float[Array, ""]:
         """The number to log; 0 for a mean over nothing."""
         if self.reduction != "mean":
             return self.total
         return jnp.where(self.weight > 0, self.total / jnp.maximum(self.weight, 1e-30), 0.0)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Difference:
+    """The value of one metric less that of another: a difference of means over other places."""
+
+    first: Metric
+    second: Metric
+
+    def over_micro_batches(self) -> "Difference":
+        """As `Metric` does."""
+        return Difference(self.first.over_micro_batches(), self.second.over_micro_batches())
+
+    def plus(self, other: "Difference") -> "Difference":
+        """As `Metric` does."""
+        return Difference(self.first.plus(other.first), self.second.plus(other.second))
+
+    def value(self) -> Float[Array, ""]:
+        """The number to log."""
+        return self.first.value() - self.second.value()
+
+
+Metrics = dict[str, Metric | Difference]
+Scalars = dict[str, Float[Array, ""]]
+
+
+Head = Literal["lm", "score"]
 
 
 @runtime_checkable
@@ -120,7 +191,11 @@ class Model(Protocol):
         ...
 
     def head(self) -> Float[Array, "V D"]:
-        """The output embedding, with padded rows beyond `vocab_size`."""
+        """The output embedding, with padded rows beyond `vocab_size`; of a language model."""
+        ...
+
+    def score_head(self) -> Float[Array, "1 D"]:
+        """What hidden states are scored with; of a reward model."""
         ...
 
 
@@ -129,8 +204,18 @@ class Objective(Protocol):
     """A loss: `sum_k coefficients[k] * terms[k] / weights[k]`, both summed over the global batch first."""
 
     @property
-    def rows(self) -> Literal["single", "pairs"]:
-        """What it is trained on: single samples, or pairs of answers to one prompt."""
+    def rows(self) -> Literal["single", "pairs", "labelled"]:
+        """What it is trained on: single samples, pairs of answers to one prompt, or answers labelled good or bad."""
+        ...
+
+    @property
+    def mismatched(self) -> bool:
+        """Whether each labelled answer must bring its prompt with the answer to another."""
+        ...
+
+    @property
+    def head(self) -> Head:
+        """What it reads of the model beside hidden states: its token probabilities, or its score."""
         ...
 
     @property
@@ -144,12 +229,22 @@ class Objective(Protocol):
         ...
 
     @property
+    def needs_statistics(self) -> bool:
+        """Whether its terms depend on a statistic of the whole batch, which `statistics` takes."""
+        ...
+
+    @property
     def coefficients(self) -> Mapping[str, float]: ...
 
-    def weights(self, batch: Batch) -> dict[str, Float[Array, ""]]:
+    def weights(self, batch: Batch) -> Scalars:
         """Each term's denominator. Looks at data only."""
         ...
 
-    def terms(self, model: Model, batch: Batch) -> tuple[dict[str, Float[Array, ""]], dict[str, Metric]]:
-        """Each term's numerator, and what to log."""
+    def statistics(self, model: Model, batch: Batch) -> dict[str, Metric]:
+        """A part's share of what the terms must know of the whole batch; taken without gradient. Empty for most."""
+        ...
+
+    def terms(self, model: Model, batch: Batch, statistics: Scalars | None = None) -> tuple[Scalars, Metrics]:
+        """Each term's numerator, and what to log. `statistics` are the values of those of the whole batch; None where
+        `batch` is the whole."""
         ...

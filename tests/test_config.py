@@ -119,4 +119,4 @@ def test_parameters_of_the_objective_from_file_and_command_line(tmp_path: Path) 
     config, _ = _config_command("train", [str(tmp_path / "c.yaml"), *given], TrainOptions)
     assert config.objective.model_extra == {"beta": 0.2, "label_smoothing": 0.1, "sft_weight": "1e-2"}
     assert config.data.epochs == 3 and config.objective.name == "sigmoid"
-    assert dict(build_objective(config.objective).coefficients) == {"preference": 1.0, "sft": 0.01}
+    assert dict(build_objective(config.objective).coefficients) == {"sigmoid": 1.0, "sft": 0.01}

@@ -16,7 +16,7 @@ ROWS = (
     ("rollout",),
     ("train",),
     ("experiment",),
-    ("evaluate", "logprobs", "generate", "convert", "plan", "report", "serve"),
+    ("evaluate", "logprobs", "score", "generate", "convert", "plan", "report", "serve"),
     ("cli",),
 )
 ORDER = {name: row for row, names in enumerate(ROWS) for name in names}

@@ -81,6 +81,20 @@ def test_dpo_with_a_cached_and_an_online_reference(root: Path, tmp_path: Path, m
         run(build(config(root, tmp_path / "shorter", data={"max_length": 24, "row_length": 64})))
 
 
+def test_kto_from_pairs_with_a_cached_and_an_online_reference(root: Path, tmp_path: Path) -> None:
+    """A pair is a desirable and an undesirable answer; at first no log-ratio is other than 0, so every loss is 1/2."""
+    kto = {"objective": {"name": "kto", "beta": 0.5}, "train": {"global_batch_size": 8, "micro_batch_size": 4}}
+    run(build(config(root, tmp_path / "cached", **kto)))
+    first = logged(tmp_path / "cached")
+    assert first[0]["eval_loss"] == pytest.approx(0.5, abs=1e-5) and first[0]["eval_kl"] == pytest.approx(0, abs=1e-5)
+    assert first[1]["loss"] == pytest.approx(0.5, abs=1e-5)
+    assert first[-1]["eval_loss"] < first[0]["eval_loss"] and first[-1]["eval_rewards/margins"] > 0
+    run(build(config(root, tmp_path / "online", reference={"logps": "online"}, **kto)))
+    for mine, theirs in zip(logged(tmp_path / "online"), first, strict=True):
+        for name in set(mine) - {"time", "step_time", "tokens_per_second", "mfu", "seconds_left"}:
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
+
+
 def test_a_damaged_reference_cache_is_made_again(root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = {"cache_dir": str(tmp_path / "cache")}
     run(build(config(root, tmp_path / "one", data=data)))
@@ -132,7 +146,7 @@ def test_a_loss_in_a_file_of_ones_own(root: Path, tmp_path: Path, capsys: pytest
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"data": {"row_length": 100}}, "a row must hold a pair, two samples of data.max_length = 64"),
+        ({"data": {"row_length": 100}}, "a row must hold a pair, two segments of data.max_length = 64"),
         ({"objective": {"name": "sigmoids"}}, "known are .*sigmoid"),
         ({"reference": {"path": "no/such"}}, "no/such"),
     ],

@@ -25,7 +25,9 @@ COLUMNS: Mapping[str, str] = {
     "hashes": "<u8",
     "prompt_hashes": "<u8",
     "splits": "<i4",
+    "labels": "<i1",
     "margins": "<f4",
+    "begins": "|b1",
 }
 """The arrays of a block: the first two have an element for each token, the others one for each sample."""
 
@@ -51,9 +53,9 @@ class Block:
     rows: int = 0
     """Records read, those with bad rows included."""
     left_out: int = 0
-    """Records that the source's options leave out."""
+    """Records that give nothing, though nothing is wrong with them."""
     notes: Mapping[str, int] = field(default_factory=dict)
-    """How many samples carry each note."""
+    """What is worth counting about samples, and about what is left out."""
     lines_read: int = 0
     """By how much the lines of all later blocks count up."""
 
@@ -67,12 +69,18 @@ class Block:
 
     @classmethod
     def of(
-        cls, samples: Sequence[Sample], rejects: Sequence[Mapping[str, Any]], *, rows: int, left_out: int = 0
+        cls,
+        samples: Sequence[Sample],
+        rejects: Sequence[Mapping[str, Any]],
+        *,
+        rows: int,
+        left_out: int = 0,
+        notes: Mapping[str, int] | None = None,
     ) -> "Block":
-        """The block of some samples."""
-        notes = Counter(note for sample in samples for note in sample.notes)
+        """The block of some samples; `notes` beside those of the samples."""
+        notes = Counter(notes or {}) + Counter(note for sample in samples for note in sample.notes)
         if not samples:
-            return cls(rejects=rejects, rows=rows, left_out=left_out)
+            return cls(rejects=rejects, rows=rows, left_out=left_out, notes=notes)
         hashes = [_hashes(sample) for sample in samples]
         values = {
             "tokens": np.concatenate([sample.tokens for sample in samples]),
@@ -83,7 +91,9 @@ class Block:
             "hashes": [whole for whole, _ in hashes],
             "prompt_hashes": [prompt for _, prompt in hashes],
             "splits": [sample.split for sample in samples],
+            "labels": [sample.label for sample in samples],
             "margins": [sample.margin for sample in samples],
+            "begins": [sample.begins for sample in samples],
         }
         columns = {name: np.asarray(values[name], dtype) for name, dtype in COLUMNS.items()}
         return cls(columns, rejects, rows, left_out, notes)
@@ -140,12 +150,14 @@ def counts_in(head: bytes) -> dict[str, int]:
 
 
 def _hashes(sample: Sample) -> tuple[int, int]:
-    """(of tokens and weights, of the tokens before the first trained one or 0), each the first 8 bytes of BLAKE2b.
+    """(of tokens, weights and label; of the tokens before the first trained one, or 0), each the first 8 bytes of
+    BLAKE2b.
 
     As in `trained`, a sample's first token is never trained on: nothing predicts it.
     """
     tokens = sample.tokens.astype("<i4", copy=False)
-    whole = _blake2b(tokens.tobytes() + sample.loss_weights.astype("<f4", copy=False).tobytes())
+    label = bytes([sample.label + 1]) if sample.label else b""
+    whole = _blake2b(tokens.tobytes() + sample.loss_weights.astype("<f4", copy=False).tobytes() + label)
     (trained,) = np.nonzero(sample.loss_weights[1:])
     return whole, _blake2b(tokens[: 1 + trained[0]].tobytes()) if len(trained) else 0
 

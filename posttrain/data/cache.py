@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int32, Int64, UInt64
+from jaxtyping import Bool, Float32, Int8, Int32, Int64, UInt64
 
 from posttrain.data.blocks import COLUMNS, Block
 from posttrain.data.chat import Sample
@@ -34,7 +34,7 @@ from posttrain.errors import UserError
 log = logging.getLogger(__name__)
 
 _ARRAYS = {"offsets" if name == "lengths" else name: dtype for name, dtype in COLUMNS.items()}
-_CHECKED = ("tokens", "loss_weights", "offsets", "splits", "margins")
+_CHECKED = ("tokens", "loss_weights", "offsets", "splits", "labels", "margins")
 _META, _REJECTS = "meta.json", "rejects.jsonl"
 _CHUNK = 1 << 22
 
@@ -59,22 +59,26 @@ class TokenCache:
     trained: Int32[np.ndarray, "samples"]
     """Tokens with a loss weight in each whole sample, but for its first token, which nothing predicts."""
     hashes: UInt64[np.ndarray, "samples"]
-    """The first 8 bytes of BLAKE2b over each sample's tokens and loss weights."""
+    """The first 8 bytes of BLAKE2b over each sample's tokens, loss weights and label."""
     prompt_hashes: UInt64[np.ndarray, "samples"]
     """The same over the tokens before the first trained one; 0 where nothing is trained."""
     splits: Int32[np.ndarray, "samples"]
     """Of pairs of answers: how many of a sample's tokens are the chosen one, the first; 0 for single samples."""
+    labels: Int8[np.ndarray, "samples"]
+    """Of labelled answers: 1 if desirable, -1 if not; else 0."""
     margins: Float32[np.ndarray, "samples"]
     """Of pairs: by how much the chosen answer is better; 0 where the row does not say."""
+    begins: Bool[np.ndarray, "samples"]
+    """Whether each sample is the first of its record: the others before the next such one are of the same."""
     rows: int
     """Records read from the file, bad ones included."""
     left_out: int
-    """Records that the source's options leave out."""
+    """Records that give nothing, though nothing is wrong with them."""
     bad_rows: int
     notes: Mapping[str, int]
-    """How many samples carry each note of the encoder."""
+    """What is worth counting about the samples, and about what is left out."""
     checksum: int
-    """32 bits of the tokens, weights, borders and margins of all samples: equal for equal samples."""
+    """32 bits of the tokens, weights, borders, labels and margins of all samples: equal for equal samples."""
 
     @property
     def num_samples(self) -> int:

@@ -35,8 +35,12 @@ class Sample:
     split: int = 0
     """Of a pair of answers: how many of the tokens are the chosen one, prompt included; the rest are the rejected one,
     with its prompt. 0 for a single sample."""
+    label: int = 0
+    """Of a labelled answer: 1 if it is desirable, -1 if not; else 0."""
     margin: float = 0.0
     """Of a pair: by how much the chosen answer is better, if the row says so."""
+    begins: bool = True
+    """Whether it is the first sample of its record, which may give several."""
 
 
 def encode_rows(

@@ -1,7 +1,7 @@
 """Records to canonical rows: everything that a row of a dataset can be (`rows.py`), told by its columns or by name.
 
 The second stop of the data path, between `files.py` and `chat.py`. The forms are TRL's (in strings or in messages) and
-those found beside them; each has a reader in `forms.py`:
+those found beside them; each has a reader in `forms.py`, `pair_forms.py` or `rankings.py`:
 
     messages              messages
     sharegpt              conversations, perhaps system
@@ -13,6 +13,7 @@ those found beside them; each has a reader in `forms.py`:
                           and rejected behind conversations or messages; also chosen_messages, rejected_messages
     hh                    chosen, rejected: texts that begin with "\\n\\nHuman:"
     unpaired_preference   prompt, completion, label; or messages (conversations), label
+    ranking               prompt, completions, scores or ranks
     stepwise_supervision  prompt, completions, labels
     tree                  prompt: an object with text, role and replies
     prompt                prompt, where the row is nothing else
@@ -24,12 +25,14 @@ and what would be lost.
 """
 
 import difflib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from posttrain.config import SourceConfig
-from posttrain.data import forms
+from posttrain.data import forms, pair_forms, rankings
+from posttrain.data.fields import Fields
 from posttrain.data.files import BadRow, Record, read_records
 from posttrain.data.messages import MEDIA, NO_MEDIA
 from posttrain.data.problems import Problems, is_empty, printable, type_name
@@ -37,7 +40,7 @@ from posttrain.data.rows import Row
 from posttrain.data.trees import is_hh
 from posttrain.errors import UserError
 
-_FORMS: Mapping[str, tuple[Callable[[forms.Fields], list[Row]], tuple[tuple[str, ...], ...]]] = {
+_FORMS: Mapping[str, tuple[Callable[[Fields], list[Row]], tuple[tuple[str, ...], ...]]] = {
     "messages": (forms.read_messages, (("messages",),)),
     "sharegpt": (forms.read_sharegpt, (("conversations",),)),
     "prompt_completion": (forms.read_prompt_completion, (("prompt", "completion"),)),
@@ -46,12 +49,13 @@ _FORMS: Mapping[str, tuple[Callable[[forms.Fields], list[Row]], tuple[tuple[str,
         forms.read_alpaca,
         (("instruction", "output"), ("instruction", "instances"), ("instruction", "chosen", "rejected")),
     ),
-    "preference": (forms.read_preference, (("chosen", "rejected"), ("chosen_messages", "rejected_messages"))),
-    "hh": (forms.read_hh_pair, (("chosen", "rejected"),)),
+    "preference": (pair_forms.read_preference, (("chosen", "rejected"), ("chosen_messages", "rejected_messages"))),
+    "hh": (pair_forms.read_hh_pair, (("chosen", "rejected"),)),
     "unpaired_preference": (
         forms.read_unpaired_preference,
         (("prompt", "completion", "label"), ("messages", "label"), ("conversations", "label")),
     ),
+    "ranking": (rankings.read_ranking, (("prompt", "completions", "scores"), ("prompt", "completions", "ranks"))),
     "stepwise_supervision": (forms.read_stepwise_supervision, (("prompt", "completions", "labels"),)),
     "tree": (forms.read_tree_rows, (("prompt",),)),
     "prompt": (forms.read_prompt, (("prompt",),)),
@@ -69,6 +73,8 @@ COLUMNS = tuple(
 """The columns that have a meaning, as a source's `columns` may name them."""
 
 _KNOWN = " | ".join(dict.fromkeys(" + ".join(sets[0]) for _, sets in _FORMS.values()))
+
+UNWANTED = "answers left out, because they are labelled false"
 
 _UNKNOWN_ROWS_HELD = 1000
 """A file that starts with so many rows of no known form is taken for one of something else."""
@@ -112,43 +118,53 @@ def read_rows(
 
 
 def to_rows(record: Record, source: SourceConfig) -> list[Row | BadRow]:
-    """The rows of a record: one, several of a message tree, none where the source's options leave it out; or a BadRow.
+    """The rows of `read_record` alone."""
+    return read_record(record, source)[0]
 
+
+def read_record(record: Record, source: SourceConfig) -> tuple[list[Row | BadRow], Mapping[str, int]]:
+    """(the rows of a record, how much of it becomes part of none though nothing is wrong with it, by reason).
+
+    The rows are one, several of a ranking or a message tree, none where nothing of the record is used; or a BadRow.
     With `source.preference` chosen a pair becomes a prompt with the chosen answer as its completion, and so does an
     answer that is labelled true; one labelled false is left out. With error both stay what they are. Raises UserError
     where `source.columns` speaks of a column that has no meaning.
     """
     if not isinstance(record.value, dict):
-        return [BadRow(record.file, record.line, "", f"a row is a JSON object, not {type_name(record.value)}")]
+        return [BadRow(record.file, record.line, "", f"a row is a JSON object, not {type_name(record.value)}")], {}
     columns = _renamed(record, source) if source.columns else record.columns
     if isinstance(columns, BadRow):
-        return [columns]
-    problems = Problems()
-    names = source.columns
+        return [columns], {}
+    fields = Fields(record, columns, source, Problems(), Counter())
+    problems = fields.problems
     for name in MEDIA:
         if name in columns and not is_empty(columns[name]):
-            problems.add(names.get(name, name), NO_MEDIA)
+            problems.add(fields.key(name), NO_MEDIA)
     form = _form(record, columns, source)
     if isinstance(form, BadRow):
-        return [problems.bad_row(record.file, record.line) if problems else form]
+        return [problems.bad_row(record.file, record.line) if problems else form], {}
     try:
-        rows = _FORMS[form][0](forms.Fields(record, columns, names, source.tree, problems))
+        rows = _FORMS[form][0](fields)
     except RecursionError:
-        return [BadRow(record.file, record.line, "", "is nested too deeply to be read; fix: leave the row out")]
+        return [BadRow(record.file, record.line, "", "is nested too deeply to be read; fix: leave the row out")], {}
     if problems:
-        return [problems.bad_row(record.file, record.line)]
-    return [made for row in rows for made in _for_training(row)] if source.preference == "chosen" else list(rows)
+        return [problems.bad_row(record.file, record.line)], {}
+    if source.preference == "chosen":
+        rows = [made for row in rows for made in _for_training(row, fields.left_out)]
+    return list(rows), +fields.left_out
 
 
 def _is_unknown(rows: Sequence[Row | BadRow]) -> bool:
     return any(isinstance(row, _UnknownForm) for row in rows)
 
 
-def _for_training(row: Row) -> tuple[Row, ...]:
+def _for_training(row: Row, left_out: Counter[str]) -> tuple[Row, ...]:
     """What supervised training takes of a row: of preference the wanted answer."""
     if row.kind == "preference":
-        return (replace(row, kind="prompt_completion", rejected="", rejected_messages=(), margin=None),)
+        chosen = replace(row, kind="prompt_completion", rejected="", rejected_messages=(), rejected_keys=())
+        return (replace(chosen, margin=None),)
     if row.kind == "unpaired_preference":
+        left_out[UNWANTED] += not row.label
         return (replace(row, kind="prompt_completion", label=None),) if row.label else ()
     return (row,)
 
@@ -183,6 +199,8 @@ def _did_you_mean(name: str, known: Iterable[str]) -> str:
 def _form(record: Record, columns: Mapping[str, Any], source: SourceConfig) -> str | BadRow:
     """The one form that the row is of, or what is wrong."""
     if source.format == "auto":
+        if half := _half_pair(record, columns, source):
+            return half
         found = _forms(columns)
         if len(found) > 1:
             reason = f"the row is of several forms ({', '.join(found)}); fix: set the source's format to one of them"
@@ -201,6 +219,18 @@ def _form(record: Record, columns: Mapping[str, Any], source: SourceConfig) -> s
     return _UnknownForm(
         record.file, record.line, key, f"the row has no known set of columns: it has {has}; known: {known}"
     )
+
+
+def _half_pair(record: Record, columns: Mapping[str, Any], source: SourceConfig) -> BadRow | None:
+    """Refuses a pair of which one side is null: it would be taken for something else."""
+    for one, other in (("chosen", "rejected"), ("chosen_messages", "rejected_messages")):
+        for present, absent in ((one, other), (other, one)):
+            name = source.columns.get(absent, absent)
+            if present in columns and absent not in columns and name in record.value:
+                reason = f"is null, and {source.columns.get(present, present)} is not; "
+                fix = "fix: both, or leave the row out, or set the source's format where they are no pair"
+                return BadRow(record.file, record.line, name, reason + fix)
+    return None
 
 
 def _forms(columns: Mapping[str, Any]) -> list[str]:
@@ -223,6 +253,8 @@ def _forms(columns: Mapping[str, Any]) -> list[str]:
             found.append("tree")
         if "completion" in columns:
             found.append("prompt_completion")
+        if "completions" in columns and ("scores" in columns or "ranks" in columns):
+            found.append("ranking")
         if "completions" in columns and "labels" in columns:
             found.append("stepwise_supervision")
     if found in (["messages"], ["sharegpt"], ["prompt_completion"]) and "label" in columns:

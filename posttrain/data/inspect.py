@@ -9,7 +9,7 @@ import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import count, islice
 
@@ -17,11 +17,12 @@ import numpy as np
 from jaxtyping import Int, UInt64
 
 from posttrain.config import DataConfig, SourceConfig
+from posttrain.data.inspect_answers import LABELS, PAIRS, Answers, measure
+from posttrain.data.inspect_marks import Marks, compare_marks
 from posttrain.data.inspect_rows import (
-    Marks,
     Reject,
+    Segment,
     ShownSample,
-    compare_marks,
     plain_sample,
     reject_kinds,
     show_rejects,
@@ -29,9 +30,10 @@ from posttrain.data.inspect_rows import (
 )
 from posttrain.data.inspect_samples import SourceFile, alike_hashes, choose, find, source_files
 from posttrain.data.packed import PackedDataset
+from posttrain.data.pairs import RowsKind
 from posttrain.data.pipeline import Datasets
 from posttrain.data.samples import SampleTable, sample_table
-from posttrain.data.sources import tokenize_sources
+from posttrain.data.sources import ENCODERS, tokenize_sources
 from posttrain.data.stats import SourceStats
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.errors import UserError, UserErrors
@@ -77,12 +79,12 @@ class PackedRow:
     row: int
     """In the step's global batch."""
     row_length: int
-    segments: tuple[ShownSample, ...]
+    samples: tuple[ShownSample, ...]
 
     @property
     def tokens(self) -> int:
         """Tokens in the row, without padding."""
-        return sum(len(segment.tokens) for segment in self.segments)
+        return sum(len(sample.tokens) for sample in self.samples)
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,8 @@ class Inspection:
     """What a run would be trained on, and what of it is shown."""
 
     data: DataConfig
+    rows: RowsKind
+    """What the objective is trained on."""
     tokenizer: Tokenizer
     stats: tuple[SourceStats, ...]
     """Of each training source, then of the held-out file."""
@@ -107,11 +111,28 @@ class Inspection:
     """(how many, example) of the kinds of reasons for which rows are rejected, the most frequent first."""
     marks: Marks
 
+    @property
+    def noun(self) -> str:
+        """What a sample is called."""
+        return "pair" if self.rows == "pairs" else "sample"
+
+    @property
+    def train_files(self) -> list[SourceFile]:
+        """Those of the training sources."""
+        return [file for file in self.files if file.key != "data.heldout"]
+
     @cached_property
-    def lengths(self) -> Int[np.ndarray, "samples"]:
-        """Tokens of all samples of the training sources before truncation and filtering, ascending."""
-        found = [file.lengths for file in self.files if file.key != "data.heldout"]
-        return np.sort(np.concatenate([np.zeros(0, np.int64), *found]))
+    def lengths(self) -> Int[np.ndarray, "segments"]:
+        """Tokens of all samples, of pairs of all their sides, of the training sources before truncation and filtering,
+        ascending."""
+        return np.sort(np.concatenate([np.zeros(0, np.int64), *(file.lengths for file in self.train_files)]))
+
+    @cached_property
+    def answers(self) -> Answers | None:
+        """The answers measured, where the objective tells some from others."""
+        if self.rows == "single":
+            return None
+        return measure(self.train_files, PAIRS if self.rows == "pairs" else LABELS)
 
     @property
     def bad_rows(self) -> int:
@@ -125,6 +146,7 @@ def gather(
     build: Callable[[DataConfig], Datasets],
     options: InspectOptions,
     *,
+    rows: RowsKind,
     seed: int,
 ) -> Inspection:
     """Builds the data sets and chooses what to show.
@@ -134,6 +156,7 @@ def gather(
       tokenizer: of the run.
       build: the data sets of a section as the run builds them.
       options: what to show; checked.
+      rows: what the objective is trained on.
       seed: chooses the samples that are shown, and as `run.seed` those that are used where `build` fails.
 
     Bad rows, and data of which too little is left to train on, do not stop it: they are shown. Raises UserError for
@@ -152,8 +175,8 @@ def gather(
             tables = (datasets.train.table, datasets.heldout.table if datasets.heldout else None)
         except UserError as error:
             problem = "\n".join(error.problems) if isinstance(error, UserErrors) else str(error)
-            tables, stats = _tables(sources, tokenizer, lenient, seed)
-    files = source_files(*tables, sources, data)
+            tables, stats = _tables(sources, tokenizer, lenient, rows, seed)
+    files = source_files(*tables, sources, data, seed)
     alike = alike_hashes(files)
     if options.find is None:
         places, matches = choose(files, options.samples, alike=alike, seed=seed), None
@@ -161,15 +184,17 @@ def gather(
         found = find(files, tokenizer, options.find)
         places = list(islice(found, options.samples))
         matches = len(places) + sum(1 for _ in found)
+    encode = partial(ENCODERS[rows], tokenizer=tokenizer, loss_on=data.loss_on)
     return Inspection(
         data=data,
+        rows=rows,
         tokenizer=tokenizer,
         stats=stats,
         files=tuple(files),
         datasets=datasets,
         problem=problem,
         packed=() if datasets is None else _packed_rows(datasets.train, files, alike, options),
-        samples=tuple(show_samples(files, places, tokenizer, data.loss_on, alike=alike)),
+        samples=tuple(show_samples(files, places, encode, alike=alike)),
         matches=matches,
         rejects=tuple(show_rejects(files, max(5, options.samples // 2), options.find or "")),
         reject_kinds=tuple(reject_kinds(files)),
@@ -180,10 +205,10 @@ def gather(
 
 
 def _tables(
-    sources: Mapping[str, SourceConfig], tokenizer: Tokenizer, data: DataConfig, seed: int
+    sources: Mapping[str, SourceConfig], tokenizer: Tokenizer, data: DataConfig, rows: RowsKind, seed: int
 ) -> tuple[tuple[SampleTable, SampleTable | None], tuple[SourceStats, ...]]:
     """(the samples to train on and to hold out, stats) without a run: as far as they go."""
-    caches = tokenize_sources(sources, tokenizer, data)
+    caches = tokenize_sources(sources, tokenizer, data, rows=rows)
     tabulate = partial(sample_table, max_length=data.max_length, truncation=data.truncation, seed=seed)
     keys = [key for key in sources if key != "data.heldout"]
     train, stats = tabulate({key: caches[key] for key in keys}, sources, drop_duplicates=data.drop_duplicates)
@@ -218,11 +243,13 @@ def _packed_rows(
     plan = train.plan(epoch)
     numbers = {(file.key, file.cache.path): number for number, file in enumerate(files)}
 
-    def segment(sample: int) -> ShownSample:
+    def shown(sample: int) -> ShownSample:
         part = bisect_right(train.table.bounds, sample) - 1
         key = train.table.keys[train.table.source_of[part]]
         file = files[numbers[key, train.table.caches[part].path]]
-        return plain_sample(file, int(train.table.index[sample]), alike)
+        own = plain_sample(file, int(train.table.index[sample]), alike)
+        others = train.table.segments(sample)[len(own.segments) :]
+        return replace(own, segments=(*own.segments, *(Segment.of(*other) for other in others)))
 
     last = min(plan.num_rows, row + max(options.rows, _PICTURED_ROWS))
     return tuple(
@@ -230,7 +257,7 @@ def _packed_rows(
             first_step + number // train.global_batch_size,
             number % train.global_batch_size,
             train.row_length,
-            tuple(segment(sample) for sample in plan.row(number).tolist()),
+            tuple(shown(sample) for sample in plan.row(number).tolist()),
         )
         for number in range(row, last)
     )

@@ -5,7 +5,7 @@ const PREVIEW = 300; // tokens of a sample shown at first
 const BATCH = 15; // samples shown at first
 const number = new Intl.NumberFormat("en-US");
 const byId = (id) => document.getElementById(id);
-const percent = (share) => (100 * share).toFixed(share > 0 && share < 0.1 ? 1 : 0) + "%";
+const capital = (text) => text[0].toUpperCase() + text.slice(1);
 const plural = (count, noun) => `${number.format(count)} ${noun}${count === 1 ? "" : "s"}`;
 
 function element(tag, attributes = {}, ...children) {
@@ -28,20 +28,21 @@ function expand(runs) {
   return values;
 }
 
-// A unit is what is shown as one: a token, or the few that make up one character.
-function unitsOf(sample) {
-  if (sample.units) return sample.units;
-  const weights = expand(sample.weights);
+// A sample has one part; a pair has its prompt, if both sides share it, and its answers. A unit is what is shown as one:
+// a token, or the few that make up one character.
+function unitsOf(part) {
+  if (part.units) return part.units;
+  const weights = expand(part.weights);
   let at = 0;
-  sample.units = sample.pieces.map((index, i) => {
+  part.units = part.pieces.map((index, i) => {
     const [ids, text, special] = data.pieces[index];
     const own = weights.slice(at, at + ids.length);
-    const position = at + (i >= sample.gap[0] && sample.gap[1] ? sample.gap[1] : 0);
+    const position = part.start + at + (i >= part.gap[0] && part.gap[1] ? part.gap[1] : 0);
     at += ids.length;
     return { ids, text, special, position, weights: own };
   });
-  sample.text = sample.units.map((unit) => unit.text).join("");
-  return sample.units;
+  part.text = part.units.map((unit) => unit.text).join("");
+  return part.units;
 }
 
 // Line ends, tabs and characters that are invisible or reorder text are shown; joiners inside words are left alone.
@@ -80,11 +81,11 @@ function gapNode(text, cut) {
   return element("span", { class: cut ? "gap cut" : "gap" }, text);
 }
 
-// Units of a sample as one block that the arrow keys walk through: those in the ranges [from, to), ascending.
-function tokenBlock(sample, ranges, hits = new Set(), showAll = null) {
-  const units = unitsOf(sample), [before, behind] = sample.cut;
+// Units of a part as one block that the arrow keys walk through: those in the ranges [from, to), ascending.
+function tokenBlock(part, ranges, hits = new Set(), showAll = null) {
+  const units = unitsOf(part), [before, behind] = part.cut;
   const block = element("div", { class: "tokens", tabindex: "0", role: "group",
-    "aria-label": "Tokens; left and right arrow keys go from one to the next" });
+    "aria-label": `${capital(part.name || "tokens")}; left and right arrow keys go from one token to the next` });
   const skipped = (from, to) => {
     const tokens = units.slice(from, to).reduce((sum, unit) => sum + unit.ids.length, 0);
     if (tokens) block.append(element("span", { class: "gap" }, `${plural(tokens, "token")} more `,
@@ -95,9 +96,9 @@ function tokenBlock(sample, ranges, hits = new Set(), showAll = null) {
   for (const [from, to] of ranges) {
     skipped(done, from);
     for (let i = from; i < to; i++) {
-      if (sample.gap[1] && i === sample.gap[0]) block.append(gapNode(`${plural(sample.gap[1], "token")} left out of this page`));
-      if (sample.border && units[i].position >= sample.border && (i === from || units[i - 1].position < sample.border))
-        block.append(gapNode(`✂ data.max_length would cut ${units[i].position === sample.border ? "here" : "before this"}`, true));
+      if (part.gap[1] && i === part.gap[0]) block.append(gapNode(`${plural(part.gap[1], "token")} left out of this page`));
+      if (part.border && units[i].position >= part.border && (i === from || units[i - 1].position < part.border))
+        block.append(gapNode(`✂ data.max_length would cut ${units[i].position === part.border ? "here" : "before this"}`, true));
       block.append(tokenSpan(units[i], hits.has(i)));
     }
     done = to;
@@ -107,15 +108,25 @@ function tokenBlock(sample, ranges, hits = new Set(), showAll = null) {
   return block;
 }
 
-// Of a long sample its start, and what surrounds the first match or the first trained token.
-function windowed(sample, hits = new Set()) {
-  const units = unitsOf(sample), holder = element("div");
-  const draw = (ranges) => holder.replaceChildren(tokenBlock(sample, ranges, hits, () => draw([[0, units.length]])));
+// Of a long part its start, and what surrounds the first match or the first trained token; of a long prompt also its end.
+function windowed(part, hits = new Set()) {
+  const units = unitsOf(part), holder = element("div");
+  const draw = (ranges) => holder.replaceChildren(tokenBlock(part, ranges, hits, () => draw([[0, units.length]])));
   const first = hits.size ? Math.min(...hits) : units.findIndex((unit) => unit.weights.some((weight) => weight !== 0));
   if (units.length <= PREVIEW + 60) draw([[0, units.length]]);
+  else if (part.name === "prompt" && !hits.size) draw([[0, 60], [units.length - 120, units.length]]);
   else if (first < PREVIEW - 60) draw([[0, PREVIEW]]);
   else draw([[0, 60], [first - 40, Math.min(units.length, first + PREVIEW - 100)]]);
   return holder;
+}
+
+// The parts of a sample, each drawn by `draw`: of a pair the answers side by side.
+function partNodes(sample, draw) {
+  const node = (part) => !part.name ? draw(part) : element("div", { class: part.name }, element("h3", {}, capital(part.name),
+    part.name === "prompt" ? null : element("span", { class: "quiet" }, ` ${part.numbers}`)), draw(part));
+  const answers = sample.parts.filter((part) => part.name && part.name !== "prompt");
+  const others = sample.parts.filter((part) => !answers.includes(part)).map(node);
+  return answers.length ? [...others, element("div", { class: "pair" }, ...answers.map(node))] : others;
 }
 
 // ---- what a token is: hover, tap or arrow keys ----------------------------------------------------------------------
@@ -171,7 +182,18 @@ document.addEventListener("keydown", (event) => {
 
 // ---- headline, attention, sources -----------------------------------------------------------------------------------
 
+function tableNodes({ columns, rows, remarks, total }) {
+  const cell = (value) => element("td", {}, ...(Array.isArray(value) ? [value[0], element("small", {}, value[1])] : [value]));
+  const row = (values) => element("tr", {}, ...values.map(cell));
+  const remark = (text) => element("tr", { class: "remark" }, element("td", { colspan: columns.length }, text));
+  return [
+    element("thead", {}, element("tr", {}, ...columns.map((name) => element("th", { scope: "col" }, name)))),
+    element("tbody", {}, ...rows.flatMap((values, i) => remarks[i] ? [row(values), remark(remarks[i])] : [row(values)])),
+    element("tfoot", {}, ...total.map(row))];
+}
+
 function drawTop() {
+  for (const node of document.querySelectorAll("[data-rows]")) node.hidden = node.dataset.rows !== data.rows_of;
   byId("subtitle").textContent = data.subtitle;
   byId("headline").append(...data.headline.map(([label, value, note]) => element("div", {},
     element("dt", {}, label), element("dd", { class: "value" }, value), element("dd", { class: "note" }, note))));
@@ -181,40 +203,44 @@ function drawTop() {
       notice.fix ? element("span", { class: "fix" }, ` ${notice.fix}`) : null,
       notice.flag && data.flags.some(([name]) => name === notice.flag)
         ? element("span", {}, " ", element("button", { type: "button", class: "plain",
-          onclick: () => showOnly(notice.flag) }, "Show samples")) : null))));
-  const { columns, rows, remarks, total } = data.sources;
-  const cell = (value) => element("td", {}, ...(Array.isArray(value) ? [value[0], element("small", {}, value[1])] : [value]));
-  const row = (values) => element("tr", {}, ...values.map(cell));
-  const remark = (text) => element("tr", { class: "remark" }, element("td", { colspan: columns.length }, text));
-  byId("sources").append(
-    element("thead", {}, element("tr", {}, ...columns.map((name) => element("th", { scope: "col" }, name)))),
-    element("tbody", {}, ...rows.flatMap((values, i) => remarks[i] ? [row(values), remark(remarks[i])] : [row(values)])),
-    element("tfoot", {}, ...total.map(row)));
+          onclick: () => showOnly(notice.flag) }, `Show ${data.noun}s`)) : null))));
+  byId("sources").append(...tableNodes(data.sources));
+  const answers = data.answers;
+  byId("answers-section").hidden = byId("answers-lengths").hidden = !answers?.table;
+  if (!answers?.table) return;
+  byId("answers-text").textContent = answers.text;
+  byId("answers-table").append(...tableNodes(answers.table));
 }
 
 // ---- pictures -------------------------------------------------------------------------------------------------------
 
+const BARS = ["good", "bad"];
 const shape = (tag, attributes, ...children) => element(tag, { svg: true, ...attributes }, ...children);
 
-function drawLengths(width) {
-  const { edges, counts, over, limits } = data.lengths;
+// Bars for each kind of thing, side by side in their buckets; `over` is the length behind which they are coloured.
+function drawLengths({ text, edges, kinds, counts, over, limits }, width) {
   const left = 44, bottom = 34, top = 38, height = 260;
   const low = Math.log2(edges[0]), high = Math.log2(edges[edges.length - 1]);
   const x = (length) => left + (width - left - 8) * (Math.log2(length) - low) / (high - low);
-  const most = Math.max(1, ...counts);
+  const most = Math.max(1, ...counts.flat());
   const y = (count) => height - bottom - (height - bottom - top) * count / most;
-  const svg = element("svg", { width, height, role: "img", "aria-label": data.lengths.text });
+  const svg = element("svg", { width, height, role: "img", "aria-label": text });
   for (const tick of [0, 0.5, 1].map((part) => Math.round(most * part)).filter((v, i, all) => all.indexOf(v) === i)) {
     svg.append(shape("line", { class: "grid", x1: left, x2: width - 8, y1: y(tick), y2: y(tick) }),
       shape("text", { x: left - 6, y: y(tick) + 4, "text-anchor": "end" }, number.format(tick)));
   }
-  counts.forEach((count, i) => {
-    const [x1, x2] = [x(edges[i]), x(edges[i + 1])];
-    const bar = shape("rect", { class: edges[i] > over ? "over" : "bar", x: x1 + 0.5, width: Math.max(1, x2 - x1 - 1),
-      y: y(count), height: height - bottom - y(count) });
-    bar.append(shape("title", {}, `${number.format(edges[i])} to ${number.format(edges[i + 1] - 1)} tokens: ${plural(count, "sample")}`));
+  counts.forEach((ofKind, kind) => ofKind.forEach((count, i) => {
+    const [x1, x2] = [x(edges[i]) + 0.5, x(edges[i + 1]) - 0.5], wide = (x2 - x1) / kinds.length;
+    const fill = kinds.length > 1 ? BARS[kind] : over !== null && edges[i] > over ? "over" : "bar";
+    const bar = shape("rect", { class: fill, x: x1 + kind * wide, width: Math.max(1, wide), y: y(count),
+      height: height - bottom - y(count) });
+    const tokens = edges[i + 1] - edges[i] > 1 ? `${number.format(edges[i])} to ${number.format(edges[i + 1] - 1)}` : edges[i];
+    bar.append(shape("title", {}, `${tokens} tokens: ${plural(count, kinds[kind])}`));
     svg.append(bar);
-  });
+  }));
+  if (kinds.length > 1) kinds.forEach((kind, i) => svg.append(
+    shape("rect", { class: BARS[i], x: left + 150 * i, y: 4, width: 12, height: 12 }),
+    shape("text", { class: "on", x: left + 150 * i + 18, y: 14 }, `${kind}s`)));
   let last = -99;
   for (let length = 1; length <= edges[edges.length - 1]; length *= 2) {
     if (length < edges[0] || x(length) - last < 40) continue;
@@ -240,13 +266,15 @@ function drawPacking(width) {
     let at = 0;
     svg.append(shape("rect", { class: "padding", x: 0.5, y: i * step + 0.5, width: width - 1, height: high }));
     for (const segment of row) {
+      const bad = ["rejected", "undesirable"].includes(segment.name), other = segment.name === "mismatched";
+      const [thick, fill] = other ? [2, "bar"] : bad ? [4, "bad"] : [high - 8, "good"];
       const x = (tokens) => tokens / length * (width - 1) + 0.5;
       const total = segment.runs.reduce((sum, run) => sum + run, 0);
       const group = shape("g", {}, shape("title", {}, `${segment.place}: ${plural(total, "token")}`),
         shape("rect", { class: "segment", x: x(at), y: i * step + 0.5, width: Math.max(0.5, x(at + total) - x(at)), height: high }));
       segment.runs.forEach((run, n) => {
-        if (n % 2 && run) group.append(shape("rect", { class: "trained", x: x(at), y: i * step + 4.5,
-          width: Math.max(0.3, x(at + run) - x(at)), height: high - 8 }));
+        if (n % 2 && run) group.append(shape("rect", { class: fill, x: x(at), y: i * step + 0.5 + (high - thick) / 2,
+          width: Math.max(0.3, x(at + run) - x(at)), height: thick }));
         at += run;
       });
       svg.append(group);
@@ -255,13 +283,18 @@ function drawPacking(width) {
   return svg;
 }
 
+function drawChart(id, filled, draw) {
+  const available = Math.floor(byId(id).clientWidth);
+  if (available > 60 && filled) byId(id).replaceChildren(draw(available));
+}
+
 function drawCharts() {
-  for (const [id, draw] of [["lengths", drawLengths], ["packing", drawPacking]]) {
-    byId(`${id}-text`).textContent = data[id].text;
-    const available = Math.floor(byId(id).clientWidth);
-    if (available > 60 && (id === "lengths" ? data.lengths.counts : data.packing.rows).length)
-      byId(id).replaceChildren(draw(available));
-  }
+  byId("lengths-title").textContent = data.lengths.title;
+  byId("lengths-text").textContent = data.lengths.text;
+  byId("packing-text").textContent = data.packing.text;
+  drawChart("lengths", data.lengths.edges.length, (width) => drawLengths(data.lengths, width));
+  drawChart("answers", data.answers?.edges.length, (width) => drawLengths(data.answers, width));
+  drawChart("packing", data.packing.rows.length, drawPacking);
 }
 
 // ---- samples --------------------------------------------------------------------------------------------------------
@@ -272,19 +305,19 @@ const wanted = (sample) => (state.source === "" || String(sample.source) === sta
 
 function haystack(sample) {
   if (sample.search === undefined) {
-    unitsOf(sample);
-    sample.search = [sample.text, sample.place, sample.key, sample.reason, sample.pieces.length ? "" : sample.row]
-      .join("\n").toLowerCase();
+    sample.parts.forEach(unitsOf);
+    sample.search = [...sample.parts.map((part) => part.text), sample.place, sample.key, sample.reason,
+      sample.parts.length ? "" : sample.row].join("\n").toLowerCase();
   }
   return sample.search;
 }
 
 // Indices of the units that hold a match of the query.
-function hitUnits(sample) {
+function hitUnits(part) {
   const hits = new Set();
   if (!state.query) return hits;
-  const units = unitsOf(sample), text = sample.text.toLowerCase();
-  if (text.length !== sample.text.length) return hits; // a letter whose lower case is longer: no places to mark
+  const units = unitsOf(part), text = part.text.toLowerCase();
+  if (text.length !== part.text.length) return hits; // a letter whose lower case is longer: no places to mark
   let unit = 0, start = 0;
   for (let at = text.indexOf(state.query); at >= 0; at = text.indexOf(state.query, at + 1)) {
     while (unit < units.length && start + units[unit].text.length <= at) start += units[unit++].text.length;
@@ -300,15 +333,13 @@ const LOUD = ["dropped", "rejected", "left out", "truncated"];
 
 function sampleCard(sample) {
   const tags = sample.flags.map((flag) => element("span", { class: LOUD.includes(flag) ? "tag loud" : "tag" }, flag));
-  const numbers = sample.pieces.length
-    ? `${plural(sample.total, "token")}, ${number.format(sample.trained)} trained (${percent(sample.trained / Math.max(1, sample.total))})` : "";
   const card = element("article", {}, element("header", {},
-    element("span", { class: "place" }, sample.place), element("span", { class: "quiet" }, numbers), ...tags));
+    element("span", { class: "place" }, sample.place), element("span", { class: "quiet" }, sample.numbers), ...tags));
   const why = [sample.key, sample.reason].filter(Boolean).join(": ");
   if (why) card.append(element("p", { class: "reason" }, ...visible(why)));
   if (sample.notes.length) card.append(element("p", { class: "quiet" }, sample.notes.join("; ")));
-  if (sample.pieces.length) card.append(windowed(sample, hitUnits(sample)));
-  if (sample.row && sample.pieces.length) {
+  card.append(...partNodes(sample, (part) => windowed(part, hitUnits(part))));
+  if (sample.row && sample.parts.length) {
     card.append(element("details", {}, element("summary", {}, "The row in the file"),
       element("pre", { tabindex: "0" }, ...visible(sample.row))));
   } else if (sample.row) card.append(element("pre", { tabindex: "0" }, ...visible(sample.row)));
@@ -317,7 +348,7 @@ function sampleCard(sample) {
 
 function drawSamples() {
   const found = data.samples.filter((sample) => wanted(sample) && (!state.query || haystack(sample).includes(state.query)));
-  byId("count").textContent = `${number.format(found.length)} of ${plural(data.samples.length, "sample")} shown here match`;
+  byId("count").textContent = `${number.format(found.length)} of ${plural(data.samples.length, data.noun)} shown here match`;
   byId("list").replaceChildren(...found.slice(0, state.shown).map(sampleCard));
   byId("more").hidden = found.length <= state.shown;
   byId("more").textContent = `Show ${number.format(Math.min(BATCH, found.length - state.shown))} more`;
@@ -337,6 +368,7 @@ function showOnly(flag) {
 }
 
 function setUpSamples() {
+  byId("samples-title").textContent = `${capital(data.noun)}s, token by token`;
   byId("samples-text").textContent = data.samples_text;
   byId("source").append(element("option", { value: "" }, "all"),
     ...data.source_names.map((name, i) => element("option", { value: String(i) }, name)));
@@ -370,9 +402,9 @@ function drawRest() {
     const details = element("details", {}, element("summary", {}, row.title));
     details.addEventListener("toggle", () => { // drawn when it is opened: a row has thousands of tokens
       if (details.open && details.children.length === 1) {
-        details.append(...row.segments.flatMap((segment) => [
-          element("div", { class: "segment-head" }, `${segment.place} · ${plural(segment.total, "token")}`),
-          tokenBlock(segment, [[0, unitsOf(segment).length]])]));
+        details.append(...row.samples.flatMap((sample) => [
+          element("div", { class: "segment-head" }, `${sample.place} · ${sample.numbers}`),
+          ...partNodes(sample, (part) => tokenBlock(part, [[0, unitsOf(part).length]]))]));
         if (row.padding) details.append(gapNode(`${plural(row.padding, "place")} of padding`));
       }
     });
@@ -380,10 +412,9 @@ function drawRest() {
   }));
   byId("marks-text").textContent = data.marks.text;
   byId("marks").append(...data.marks.rows.map((row) => {
-    const [ours, theirs] = [row.ours, row.theirs].map((weights) => ({ ...row, weights }));
-    const other = unitsOf(theirs);
+    const { ours, theirs } = row, other = unitsOf(theirs);
     const hits = new Set(unitsOf(ours).flatMap((unit, i) => String(unit.weights) === String(other[i].weights) ? [] : [i]));
-    const side = (title, sample) => element("div", {}, element("h3", {}, title), windowed(sample, hits));
+    const side = (title, part) => element("div", {}, element("h3", {}, title), windowed(part, hits));
     return element("article", {}, element("header", {}, element("span", { class: "place" }, row.place),
       element("span", { class: "quiet" }, `${plural(row.differ, "token")} marked differently`)),
     element("div", { class: "pair" }, side("Trained on here", ours), side("Marked by the template", theirs)));

@@ -21,15 +21,26 @@ from etils import epath
 from jaxtyping import Bool, Float32
 
 from posttrain.data.inspect import Inspection, PackedRow
-from posttrain.data.inspect_rows import MarkedRow, Reject, ShownSample
-from posttrain.data.inspect_summary import (
-    Cell,
-    headline,
+from posttrain.data.inspect_answers import LABELS
+from posttrain.data.inspect_lengths import (
+    Histogram,
+    answer_histogram,
+    answer_table,
+    answers_text,
     length_histogram,
     lengths_text,
+    packing_text,
+    sample_text,
+    trained_text,
+)
+from posttrain.data.inspect_marks import MarkedRow
+from posttrain.data.inspect_rows import MISMATCHED, Part, Reject, ShownSample, parts
+from posttrain.data.inspect_summary import (
+    Cell,
+    NumberTable,
+    headline,
     marks_text,
     notices,
-    packing_text,
     plural,
     source_table,
     tokenizer_facts,
@@ -48,7 +59,7 @@ _PACKED_ROWS = 3
 _PACKED_TOKENS = 60_000
 _PICTURED_ROWS = 15
 _FLAGS = (
-    *("dropped", "rejected", "left out", "truncated", "split", "duplicate"),
+    *("dropped", "rejected", "left out", "truncated", "split", "duplicate", *LABELS),
     *("held out", "has tools", "other weights"),
 )
 
@@ -105,8 +116,7 @@ def _embed(value: Any) -> str:
 class _Vocabulary:
     """Distinct pieces of text, in the order in which they are first used."""
 
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
+    def __init__(self) -> None:
         self._numbers: dict[tuple[tuple[int, ...], str], int] = {}
         self.rows: list[tuple[list[int], str, int]] = []
 
@@ -117,15 +127,24 @@ class _Vocabulary:
             self.rows.append((list(piece.ids), piece.text, int(piece.special)))
         return self._numbers[key]
 
-    def encode(self, tokens: np.ndarray, limit: int) -> tuple[list[int], list[int], slice]:
-        """(piece numbers, [pieces before a gap, tokens in it], the gap): of a long text its start and its end only."""
-        found = pieces(self._tokenizer, tokens)
-        if len(tokens) <= limit:
-            return [self._number(piece) for piece in found], [0, 0], slice(0, 0)
-        head = [piece for piece in found if piece.start + len(piece.ids) <= 2 * limit // 3]
-        tail = [piece for piece in found if piece.start >= len(tokens) - limit // 3]
-        gap = slice(head[-1].start + len(head[-1].ids) if head else 0, tail[0].start if tail else len(tokens))
-        return [self._number(piece) for piece in head + tail], [len(head), gap.stop - gap.start], gap
+    def encode(
+        self, found: Sequence[Piece], weights: Float32[np.ndarray, "n"] | Bool[np.ndarray, "n"], limit: int
+    ) -> dict[str, Any]:
+        """Pieces with the weights of their tokens: of a long text its start and its end only."""
+        start = found[0].start if found else 0
+        count = len(weights)
+        head, tail, gap = list(found), [], slice(0, 0)
+        if count > limit:
+            head = [piece for piece in found if piece.start + len(piece.ids) - start <= 2 * limit // 3]
+            tail = [piece for piece in found if piece.start - start >= count - limit // 3]
+            first = head[-1].start + len(head[-1].ids) - start if head else 0
+            gap = slice(first, tail[0].start - start if tail else count)
+        return {
+            "pieces": [self._number(piece) for piece in head + tail],
+            "weights": _weights(weights, gap),
+            "start": start,
+            "gap": [len(head), gap.stop - gap.start] if count > limit else [0, 0],
+        }
 
 
 def _runs(values: Sequence[int | float]) -> list[int | float]:
@@ -143,34 +162,30 @@ def _weights(values: Float32[np.ndarray, "n"] | Bool[np.ndarray, "n"], gap: slic
 
 
 def _payload(inspection: Inspection, name: str) -> dict[str, Any]:
-    vocabulary = _Vocabulary(inspection.tokenizer)
+    vocabulary = _Vocabulary()
     keys = [of.key for of in inspection.stats]
     samples = _samples(inspection, vocabulary, keys)
     flags = Counter(flag for sample in samples for flag in sample["flags"])
-    table = source_table(inspection)
-    histogram = length_histogram(inspection)
     data = inspection.data
     return {
+        "rows_of": inspection.rows,
+        "noun": inspection.noun,
         "subtitle": _subtitle(inspection, name),
         "headline": headline(inspection),
         "attention": [
             {"level": n.level, "text": n.text, "fix": n.fix, "flag": n.flag if flags[n.flag] else ""}
             for n in notices(inspection)
         ],
-        "sources": {
-            "columns": table.columns,
-            "rows": [_cells(row) for row in table.rows],
-            "remarks": table.remarks,
-            "total": [] if table.total is None else [_cells(table.total)],
-        },
+        "sources": _table(source_table(inspection)),
         "source_names": [f"{of.key}: {of.path}" for of in inspection.stats],
         "lengths": {
+            "title": "Lengths of both sides" if inspection.rows == "pairs" else "Sample lengths",
             "text": lengths_text(inspection),
-            "edges": histogram.edges,
-            "counts": histogram.counts,
+            **_histogram(length_histogram(inspection), ["side" if inspection.rows == "pairs" else "sample"]),
             "over": data.max_length,
             "limits": [["data.max_length", data.max_length], ["data.row_length", data.row_length]],
         },
+        "answers": _answers(inspection),
         "packing": {
             "text": _packing(inspection),
             "row_length": data.row_length,
@@ -179,14 +194,37 @@ def _payload(inspection: Inspection, name: str) -> dict[str, Any]:
         "samples": samples,
         "samples_text": _samples_text(inspection, samples),
         "flags": [[flag, flags[flag]] for flag in _FLAGS if flags[flag]],
-        "rows": _packed(inspection.packed, vocabulary, keys),
+        "rows": _packed(inspection, vocabulary),
         "marks": {
             "text": marks_text(inspection),
-            "rows": [_marked(row, vocabulary, keys) for row in inspection.marks.rows],
+            "rows": [_marked(row, vocabulary, inspection.tokenizer) for row in inspection.marks.rows],
         },
         "tokenizer": {"facts": tokenizer_facts(inspection), "template": inspection.tokenizer.chat_template or ""},
         "pieces": vocabulary.rows,
     }
+
+
+def _table(table: NumberTable | None) -> dict[str, Any] | None:
+    return table and {
+        "columns": table.columns,
+        "rows": [_cells(row) for row in table.rows],
+        "remarks": table.remarks,
+        "total": [] if table.total is None else [_cells(table.total)],
+    }
+
+
+def _histogram(histogram: Histogram, kinds: Sequence[str]) -> dict[str, Any]:
+    return {"edges": histogram.edges, "kinds": list(kinds), "counts": histogram.counts, "over": None, "limits": []}
+
+
+def _answers(inspection: Inspection) -> dict[str, Any] | None:
+    """How long the answers of each kind are; None where the objective tells none from others."""
+    answers = inspection.answers
+    if answers is None:
+        return None
+    kinds = [f"{kind} answer" for kind in answers.counts]
+    text, table = answers_text(inspection), _table(answer_table(inspection))
+    return {"text": text, "table": table, **_histogram(answer_histogram(inspection), kinds)}
 
 
 def _cells(cells: Sequence[Cell]) -> list[str | list[str]]:
@@ -203,16 +241,22 @@ def _packing(inspection: Inspection) -> str:
     if not shown:
         return text
     first = inspection.packed[0]
-    return f"{text} Below, {plural(shown, 'row')} from step {first.step}: each box is a sample, blue is trained on."
+    boxes = "a sample, blue is trained on"
+    if inspection.answers is not None:
+        boxes = "a prompt and its answer, {} in thick blue, {} in thin orange".format(*inspection.answers.counts)
+        boxes += ", mismatched in grey" if MISMATCHED in first.samples[0].names else ""
+    return f"{text} Below, {plural(shown, 'row')} from step {first.step}: each box is {boxes}."
 
 
 def _bars(row: PackedRow) -> list[dict[str, Any]]:
-    """Of each segment how many tokens are only read, trained on, only read, ..."""
+    """Of each segment how many tokens are only read, trained on, only read, ...; and what it is."""
     bars = []
-    for segment in row.segments:
-        runs = [(on, sum(1 for _ in run)) for on, run in groupby((segment.loss_weights != 0).tolist())]
-        lengths = [0] * bool(runs and runs[0][0]) + [length for _, length in runs]
-        bars.append({"place": f"{segment.file}:{segment.line}", "runs": lengths})
+    for sample in row.samples:
+        for name, segment in zip(sample.names, sample.segments, strict=True):
+            runs = [(on, sum(1 for _ in run)) for on, run in groupby((segment.loss_weights != 0).tolist())]
+            lengths = [0] * bool(runs and runs[0][0]) + [length for _, length in runs]
+            place = f"{sample.file}:{sample.line}"
+            bars.append({"place": f"{place} ({name})" if name else place, "runs": lengths, "name": name})
     return bars
 
 
@@ -220,53 +264,56 @@ def _samples(inspection: Inspection, vocabulary: _Vocabulary, keys: list[str]) -
     """Samples, then rejected rows, as far as the page's limits go."""
     found, tokens, raw = [], 0, 0
     for sample in inspection.samples:
-        tokens += min(len(sample.tokens), _SAMPLE_TOKENS)
+        tokens += sum(min(len(segment.tokens), _SAMPLE_TOKENS) for segment in sample.segments)
         if tokens > _PAGE_TOKENS and found:
             break
         raw += len(sample.raw)
-        found.append(_sample(sample, vocabulary, keys, with_raw=raw <= _PAGE_RAW))
+        shown = _sample(sample, vocabulary, inspection.tokenizer)
+        found.append(shown | {"source": keys.index(sample.key), "row": sample.raw if raw <= _PAGE_RAW else ""})
     for reject in inspection.rejects:
         raw += len(reject.raw)
-        found.append(_reject(reject, keys, with_raw=raw <= _PAGE_RAW))
+        shown = _reject(reject)
+        found.append(shown | {"source": keys.index(reject.key), "row": reject.raw if raw <= _PAGE_RAW else ""})
     return found
 
 
-def _sample(sample: ShownSample, vocabulary: _Vocabulary, keys: list[str], *, with_raw: bool) -> dict[str, Any]:
-    numbers, gap, left_out = vocabulary.encode(sample.tokens, _SAMPLE_TOKENS)
+def _sample(sample: ShownSample, vocabulary: _Vocabulary, tokenizer: Tokenizer) -> dict[str, Any]:
     return {
-        "source": keys.index(sample.key),
         "place": f"{sample.file}:{sample.line}",
         "key": "",
         "reason": sample.fate if {"dropped", "left out"} & set(sample.flags) else "",
         "flags": sample.flags,
         "notes": sample.notes,
-        "total": len(sample.tokens),
-        "trained": int(np.count_nonzero(sample.loss_weights)),
-        "pieces": numbers,
-        "weights": _weights(sample.loss_weights, left_out),
-        "gap": gap,
-        "cut": [sample.cut_before, sample.cut_behind],
-        "border": sample.border,
-        "row": sample.raw if with_raw else "",
+        "numbers": sample_text(sample),
+        "parts": [_part(part, vocabulary) for part in parts(sample, tokenizer)],
     }
 
 
-def _reject(reject: Reject, keys: list[str], *, with_raw: bool) -> dict[str, Any]:
+def _part(part: Part, vocabulary: _Vocabulary) -> dict[str, Any]:
     return {
-        **{"source": keys.index(reject.key), "place": f"{reject.file}:{reject.line}", "key": reject.place},
-        **{"reason": reject.reason, "flags": ["rejected"], "notes": [], "total": 0, "trained": 0, "pieces": []},
-        **{"weights": [], "gap": [0, 0], "cut": [0, 0], "border": 0, "row": reject.raw if with_raw else ""},
+        "name": part.name,
+        "numbers": trained_text(part.name, part.segment),
+        **vocabulary.encode(part.pieces, part.weights, _SAMPLE_TOKENS),
+        "cut": [part.cut_before, part.cut_behind],
+        "border": part.segment.border,
+    }
+
+
+def _reject(reject: Reject) -> dict[str, Any]:
+    return {
+        **{"place": f"{reject.file}:{reject.line}", "key": reject.place, "reason": reject.reason},
+        **{"flags": ["rejected"], "notes": [], "numbers": "", "parts": []},
     }
 
 
 def _samples_text(inspection: Inspection, samples: Sequence[dict[str, Any]]) -> str:
     rejected = sum("rejected" in sample["flags"] for sample in samples)
-    shown, asked = len(samples) - rejected, len(inspection.samples)
+    shown, asked, noun = len(samples) - rejected, len(inspection.samples), inspection.noun
     of_all = sum(file.cache.num_samples for file in inspection.files)
     if inspection.matches is not None:
-        text = f"Shown are {shown:,} of {plural(inspection.matches, 'sample')} with the text that was searched for"
+        text = f"Shown are {shown:,} of {plural(inspection.matches, noun)} with the text that was searched for"
     else:
-        text = f"Shown are {shown:,} of {plural(of_all, 'sample')}, some of every source and of everything remarkable"
+        text = f"Shown are {shown:,} of {plural(of_all, noun)}, some of every source and of everything remarkable"
     text += f", and {rejected:,} of {plural(inspection.bad_rows, 'rejected row')}." if inspection.bad_rows else "."
     if shown < asked:
         text += f" {asked - shown:,} more were asked for, but would make the page too large."
@@ -274,29 +321,26 @@ def _samples_text(inspection: Inspection, samples: Sequence[dict[str, Any]]) -> 
     return f"{text} {how}"
 
 
-def _packed(rows: Sequence[PackedRow], vocabulary: _Vocabulary, keys: list[str]) -> list[dict[str, Any]]:
+def _packed(inspection: Inspection, vocabulary: _Vocabulary) -> list[dict[str, Any]]:
     found, tokens = [], 0
-    for row in rows[:_PACKED_ROWS]:
+    for row in inspection.packed[:_PACKED_ROWS]:
         tokens += row.tokens
         if tokens > _PACKED_TOKENS and found:
             break
         padding = row.row_length - row.tokens
-        title = f"Step {row.step}, row {row.row}: {plural(len(row.segments), 'sample')}, {row.tokens:,} tokens"
-        segments = [_sample(segment, vocabulary, keys, with_raw=False) for segment in row.segments]
-        found.append({"title": f"{title}, {padding:,} of padding", "segments": segments, "padding": padding})
+        count = plural(len(row.samples), inspection.noun)
+        title = f"Step {row.step}, row {row.row}: {count}, {row.tokens:,} tokens, {padding:,} of padding"
+        samples = [_sample(sample, vocabulary, inspection.tokenizer) for sample in row.samples]
+        found.append({"title": title, "samples": samples, "padding": padding})
     return found
 
 
-def _marked(row: MarkedRow, vocabulary: _Vocabulary, keys: list[str]) -> dict[str, Any]:
-    numbers, gap, left_out = vocabulary.encode(row.tokens, _SAMPLE_TOKENS)
+def _marked(row: MarkedRow, vocabulary: _Vocabulary, tokenizer: Tokenizer) -> dict[str, Any]:
+    found = pieces(tokenizer, row.tokens)
+    uncut = {"cut": [0, 0], "border": 0}
     return {
-        "source": keys.index(row.key),
         "place": f"{row.file}:{row.line}",
         "differ": int(np.count_nonzero(row.ours != row.theirs)),
-        "pieces": numbers,
-        "gap": gap,
-        "cut": [0, 0],
-        "border": 0,
-        "ours": _weights(row.ours, left_out),
-        "theirs": _weights(row.theirs, left_out),
+        "ours": uncut | vocabulary.encode(found, row.ours, _SAMPLE_TOKENS),
+        "theirs": uncut | vocabulary.encode(found, row.theirs, _SAMPLE_TOKENS),
     }

@@ -1,40 +1,74 @@
 """Samples and bad rows with the rows of the files that they come from, as `inspect` shows them.
 
-Under `inspect.py`. The files are read once more, for the rows that are shown: for their raw text, and to compare what
-is trained with the marks of a chat template that has some.
+Under `inspect.py`. The files are read once more, for the raw text of the rows that are shown.
 """
 
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, zip_longest
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int32, UInt64
+from jaxtyping import Float32, Int32, UInt64
 
-from posttrain.data.chat import Sample, encode_rows, template_marks
+from posttrain.data.chat import Sample
 from posttrain.data.files import JSON_SUFFIXES, BadRow, Record, read_records
 from posttrain.data.formats import to_rows
-from posttrain.data.inspect_samples import DROPPED_FATES, HELD_OUT, TRAINED_ON, Place, SourceFile
+from posttrain.data.inspect_answers import LABELS, PAIRS
+from posttrain.data.inspect_samples import HELD_OUT, Place, SourceFile
 from posttrain.data.rows import Row
+from posttrain.data.samples import UNUSABLE
+from posttrain.data.stats import DUPLICATE, OVER_LIMIT, TOO_LONG, TRUNCATED_AWAY
 from posttrain.data.storage import open_bytes
+from posttrain.data.token_text import Piece, pieces
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.data.turns import NOTE_SPLIT
 from posttrain.errors import UserError
 
+MISMATCHED = "mismatched"
+"""A segment of a prompt with the answer to another one."""
+
+Encode = Callable[[Sequence[Row]], Sequence[tuple[Sample, ...] | BadRow]]
+"""Rows to samples, or to why not."""
+
 _READ_ROWS = 500_000
 """Rows of a file that are read again, at most: some seconds' worth."""
-_SHOWN_ENDS = 3
-"""Rows whose marks differ only in the tokens that end turns: they are all alike."""
 _SORTED_REJECTS = 100_000
 """Bad rows whose reasons are sorted by kind."""
 _PARTICULARS = re.compile(r"""'[^']*'|"[^"]*"|\d+""")
 """What differs between reasons of one kind."""
 _RAW_CHARACTERS = 20_000
 """Of a row's raw text, what is kept."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What the model sees as one: a sample, or one side of a pair with its prompt."""
+
+    tokens: Int32[np.ndarray, "n"]
+    """Truncated; whole where the sample is dropped."""
+    loss_weights: Float32[np.ndarray, "n"]
+    """The first is 0: nothing predicts it."""
+    cut_before: int = 0
+    cut_behind: int = 0
+    """Tokens lost to truncation."""
+    border: int = 0
+    """Of a sample that is dropped for its length, the position where truncation would cut the segment; else 0."""
+
+    @classmethod
+    def of(cls, tokens: Int32[np.ndarray, "n"], loss_weights: Float32[np.ndarray, "n"], **cut: int) -> "Segment":
+        """A copy of what is in a cache."""
+        weights = np.array(loss_weights)
+        weights[:1] = 0
+        return cls(np.array(tokens), weights, **cut)
+
+    @property
+    def trained(self) -> int:
+        """How many tokens are trained."""
+        return int(np.count_nonzero(self.loss_weights))
 
 
 @dataclass(frozen=True)
@@ -45,17 +79,15 @@ class ShownSample:
     """Of its source."""
     file: str
     line: int
-    tokens: Int32[np.ndarray, "n"]
-    """Truncated; whole where the sample is dropped."""
-    loss_weights: Float32[np.ndarray, "n"]
-    """The first is 0: nothing predicts it."""
+    segments: tuple[Segment, ...]
+    """One, or the chosen and the rejected side of a pair; in a packed row perhaps a labelled answer and then a
+    mismatched one."""
     fate: str
     """One of `FATES`."""
-    cut_before: int = 0
-    cut_behind: int = 0
-    """Tokens lost to truncation."""
-    border: int = 0
-    """Of a sample that is dropped for its length, the position where truncation would cut it; else 0."""
+    label: int = 0
+    """Of a labelled answer: 1 if it is desirable, -1 if not; else 0."""
+    margin: float = 0.0
+    """Of a pair: by how much the chosen answer is better; 0 where the row does not say."""
     notes: tuple[str, ...] = ()
     alike: bool = False
     """Whether another sample is exactly the same."""
@@ -64,12 +96,31 @@ class ShownSample:
     """The row in the file, as JSON; empty where it was not read again."""
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """What the segments are; one that is all of a sample is nothing else."""
+        if not self.label:
+            return PAIRS if len(self.segments) > 1 else ("",)
+        return (LABELS[self.label < 0], MISMATCHED)[: len(self.segments)]
+
+    @property
+    def tokens(self) -> Int32[np.ndarray, "n"]:
+        """Of all its segments, end to end."""
+        return np.concatenate([segment.tokens for segment in self.segments])
+
+    @property
+    def loss_weights(self) -> Float32[np.ndarray, "n"]:
+        """Of all its segments, end to end."""
+        return np.concatenate([segment.loss_weights for segment in self.segments])
+
+    @property
     def flags(self) -> tuple[str, ...]:
         """What is remarkable about it: one of these is one of the page's filters."""
         named = {
-            "dropped": self.fate in DROPPED_FATES,
-            "left out": self.fate not in (*DROPPED_FATES, TRAINED_ON, HELD_OUT),
-            "truncated": bool(self.cut_before or self.cut_behind),
+            "dropped": self.fate in UNUSABLE,
+            "left out": self.fate in (OVER_LIMIT, DUPLICATE),
+            LABELS[0]: self.label > 0,
+            LABELS[1]: self.label < 0,
+            "truncated": any(segment.cut_before or segment.cut_behind for segment in self.segments),
             "split": NOTE_SPLIT in self.notes,
             "duplicate": self.alike,
             "held out": self.fate == HELD_OUT,
@@ -94,46 +145,20 @@ class Reject:
     """The row, or the line where it cannot even be parsed."""
 
 
-@dataclass(frozen=True)
-class MarkedRow:
-    """A conversation rendered whole: what is trained of it, and what the template's `{% generation %}` marks cover."""
-
-    key: str
-    file: str
-    line: int
-    tokens: Int32[np.ndarray, "n"]
-    ours: Bool[np.ndarray, "n"]
-    theirs: Bool[np.ndarray, "n"]
-
-
-@dataclass(frozen=True)
-class Marks:
-    """The template's own marks against what is trained."""
-
-    compared: int = 0
-    equal: int = 0
-    ends_only: int = 0
-    """Rows that differ only in the tokens that end turns: stop tokens and whitespace."""
-    incomparable: int = 0
-    """Rows that are split, so that no sample is the whole conversation, or that cannot be trained on."""
-    rows: tuple[MarkedRow, ...] = ()
-    """Some that differ; first those that differ in more than ends."""
-
-
 # ---- reading the files again ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Found:
+class Found:
     """What stands on a line."""
 
     records: tuple[Record, ...] = ()
     rows: tuple[tuple[Record, Row], ...] = ()
 
 
-def _read_again(file: SourceFile, lines: set[int]) -> dict[int, _Found]:
+def read_again(file: SourceFile, lines: set[int]) -> dict[int, Found]:
     """The rows on the given lines of a file. One that cannot be read any more has none: the cache is what counts."""
-    found: dict[int, _Found] = defaultdict(_Found)
+    found: dict[int, Found] = defaultdict(Found)
     last = max(lines, default=0)
     try:
         for record in islice(read_records(file.cache.path) if lines else (), _READ_ROWS):
@@ -142,7 +167,7 @@ def _read_again(file: SourceFile, lines: set[int]) -> dict[int, _Found]:
             if record.line in lines and isinstance(record, Record):
                 rows = [(record, row) for row in to_rows(record, file.source) if isinstance(row, Row)]
                 before = found[record.line]
-                found[record.line] = _Found((*before.records, record), (*before.rows, *rows))
+                found[record.line] = Found((*before.records, record), (*before.rows, *rows))
     except UserError:
         return {}
     return found
@@ -177,41 +202,56 @@ def _as_json(record: Record) -> str:
 def show_samples(
     files: Sequence[SourceFile],
     places: Sequence[Place],
-    tokenizer: Tokenizer,
-    loss_on: tuple[str, ...],
+    encode: Encode,
     *,
     alike: UInt64[np.ndarray, "hashes"],
 ) -> list[ShownSample]:
-    """The samples, each with its row where that can be read again; `alike`: hashes that several samples share."""
+    """The samples, each with its row where that can be read again.
+
+    Args:
+      files: all of them.
+      places: of the samples.
+      encode: makes the samples of rows, as the run does.
+      alike: hashes that several samples share.
+    """
     wanted: dict[int, set[int]] = defaultdict(set)
     for number, sample in places:
         wanted[number].add(int(files[number].cache.lines[sample]))
-    found = {number: _read_again(files[number], lines) for number, lines in wanted.items()}
+    found = {number: read_again(files[number], lines) for number, lines in wanted.items()}
     shown = []
     for number, sample in places:
         file = files[number]
         plain = plain_sample(file, sample, alike)
-        rows = found[number].get(plain.line, _Found()).rows
-        shown.append(_with_row(plain, file, sample, rows, tokenizer, loss_on))
+        rows = found[number].get(plain.line, Found()).rows
+        shown.append(_with_row(plain, file, sample, rows, encode))
     return shown
 
 
 def plain_sample(file: SourceFile, sample: int, alike: UInt64[np.ndarray, "hashes"]) -> ShownSample:
     """A sample as it is in its cache; `alike` are the hashes that several samples share."""
-    whole, kept = file.whole(sample), file.kept(sample)
-    weights = np.array(file.cache.loss_weights[kept])
-    weights[:1] = 0
+    places = zip(file.whole(sample), file.kept(sample), strict=True)
+    too_long = file.fate(sample) in (TOO_LONG, TRUNCATED_AWAY)
     return ShownSample(
         key=file.key,
         file=file.cache.path,
         line=int(file.cache.lines[sample]),
-        tokens=np.array(file.cache.tokens[kept]),
-        loss_weights=weights,
+        segments=tuple(_segment(file, whole, kept, with_border=too_long) for whole, kept in places),
         fate=file.fate(sample),
+        label=int(file.cache.labels[sample]),
+        margin=float(file.cache.margins[sample]),
+        alike=bool(np.isin(file.cache.hashes[sample], alike)),
+    )
+
+
+def _segment(file: SourceFile, whole: slice, kept: slice, *, with_border: bool) -> Segment:
+    length = whole.stop - whole.start
+    border = length - file.max_length if file.keep_end else file.max_length
+    return Segment.of(
+        file.cache.tokens[kept],
+        file.cache.loss_weights[kept],
         cut_before=kept.start - whole.start,
         cut_behind=whole.stop - kept.stop,
-        border=file.border(sample),
-        alike=bool(np.isin(file.cache.hashes[sample], alike)),
+        border=border if with_border and length > file.max_length else 0,
     )
 
 
@@ -220,12 +260,12 @@ def _with_row(
     file: SourceFile,
     sample: int,
     rows: Sequence[tuple[Record, Row]],
-    tokenizer: Tokenizer,
-    loss_on: tuple[str, ...],
+    encode: Encode,
 ) -> ShownSample:
     """With raw text and notes of the row, of those on its line, that gives this very sample."""
-    tokens, weights = file.cache.tokens[file.whole(sample)], file.cache.loss_weights[file.whole(sample)]
-    for (record, row), made in zip(rows, encode_rows([row for _, row in rows], tokenizer, loss_on), strict=True):
+    place = slice(int(file.cache.offsets[sample]), int(file.cache.offsets[sample + 1]))
+    tokens, weights = file.cache.tokens[place], file.cache.loss_weights[place]
+    for (record, row), made in zip(rows, encode([row for _, row in rows]), strict=True):
         parts: tuple[Sample, ...] = () if isinstance(made, BadRow) else made
         if any(np.array_equal(p.tokens, tokens) and np.array_equal(p.loss_weights, weights) for p in parts):
             notes = tuple(dict.fromkeys(note for part in parts for note in part.notes))
@@ -234,7 +274,60 @@ def _with_row(
 
 
 def _has_tools(row: Row) -> bool:
-    return bool(row.tools) or any(m["role"] == "tool" or bool(m.get("tool_calls")) for m in row.messages)
+    messages = row.messages + row.rejected_messages
+    return bool(row.tools) or any(m["role"] == "tool" or bool(m.get("tool_calls")) for m in messages)
+
+
+# ---- what is shown as one -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part:
+    """Of a sample what is shown as one: all of it; of two segments the prompt, if both have it, and each answer."""
+
+    name: str
+    """`prompt`, or one of `ShownSample.names`; empty for all of a sample."""
+    pieces: tuple[Piece, ...]
+    segment: Segment
+    """Whose tokens they are; a shared prompt has those of the first."""
+    cut_before: int
+    cut_behind: int
+    """Tokens lost right before and right behind the part."""
+
+    @property
+    def weights(self) -> Float32[np.ndarray, "n"]:
+        """Of the part's tokens."""
+        if not self.pieces:
+            return self.segment.loss_weights[:0]
+        last = self.pieces[-1]
+        return self.segment.loss_weights[self.pieces[0].start : last.start + len(last.ids)]
+
+
+def parts(sample: ShownSample, tokenizer: Tokenizer) -> list[Part]:
+    """The parts of a sample, in order. Segments that truncation has robbed of different parts of their prompt are shown
+    whole."""
+    found = [tuple(pieces(tokenizer, segment.tokens)) for segment in sample.segments]
+    if len(found) == 1:
+        (segment,) = sample.segments
+        return [Part("", found[0], segment, segment.cut_before, segment.cut_behind)]
+    first, second = sample.segments
+    prompt = _shared_prompt(first, second)
+    starts = set.intersection(*({piece.start for piece in side} for side in found))
+    prompt = max((start for start in starts if start <= prompt), default=0)  # a character may reach over the border
+    made = [Part("prompt", tuple(p for p in found[0] if p.start < prompt), first, first.cut_before, 0)]
+    for name, segment, side in zip(sample.names, sample.segments, found, strict=True):
+        answer = tuple(piece for piece in side if piece.start >= prompt)
+        made.append(Part(name, answer, segment, 0 if prompt else segment.cut_before, segment.cut_behind))
+    return made if prompt else made[1:]
+
+
+def _shared_prompt(first: Segment, second: Segment) -> int:
+    """Tokens before both answers, where both segments have kept the same ones and would be cut at the same place."""
+    prompt = min(int(np.argmax(segment.loss_weights != 0)) for segment in (first, second))
+    borders = {segment.border for segment in (first, second) if 0 < segment.border < prompt}
+    alike = np.array_equal(first.tokens[:prompt], second.tokens[:prompt])
+    same = first.cut_before == second.cut_before and (not borders or first.border == second.border)
+    return prompt if alike and same else 0
 
 
 # ---- bad rows -------------------------------------------------------------------------------------------------------
@@ -247,7 +340,7 @@ def show_rejects(files: Sequence[SourceFile], count: int, text: str = "") -> lis
         if not file.cache.bad_rows:
             continue
         told = list(islice(file.cache.rejects(), None if text else count))
-        read = _read_again(file, {reject["line"] for reject in told})
+        read = read_again(file, {reject["line"] for reject in told})
         raw = {line: _as_json(of.records[0]) for line, of in read.items() if len(of.records) == 1}
         raw = _raw_lines(file, {reject["line"] for reject in told} - raw.keys()) | raw
         found = [_reject(file, reject, raw.get(reject["line"], "")) for reject in told]
@@ -270,53 +363,3 @@ def reject_kinds(files: Sequence[SourceFile]) -> list[tuple[int, str]]:
 
 def _reject(file: SourceFile, told: Mapping[str, Any], raw: str) -> Reject:
     return Reject(file.key, file.cache.path, told["line"], told["key"], told["reason"], raw)
-
-
-# ---- the template's own marks ---------------------------------------------------------------------------------------
-
-
-def compare_marks(files: Sequence[SourceFile], places: Sequence[Place], tokenizer: Tokenizer, *, shown: int) -> Marks:
-    """Compares the rows of the samples, each once; at most `shown` of those that differ are kept.
-
-    What is trained is that of `loss_on: assistant`, without the row's own weights: what marks speak of. Nothing is
-    compared where the template has no marks.
-    """
-    if tokenizer.chat_template is None or not tokenizer.template().has_marks:
-        return Marks()
-    wanted: dict[int, set[int]] = defaultdict(set)
-    for number, sample in places:
-        wanted[number].add(int(files[number].cache.lines[sample]))
-    outcomes = [
-        _compare(files[number], row, tokenizer)
-        for number, lines in wanted.items()
-        for found in _read_again(files[number], lines).values()
-        for _, row in found.rows
-        if row.messages
-    ]
-    rows = [row for row in outcomes if row is not None]
-    differ = [row for row in rows if not np.array_equal(row.ours, row.theirs)]
-    ends = [_differs_in_ends(row, tokenizer) for row in differ]
-    order = sorted(range(len(differ)), key=lambda i: (ends[i], len(differ[i].tokens)))
-    return Marks(
-        compared=len(rows),
-        equal=len(rows) - len(differ),
-        ends_only=sum(ends),
-        incomparable=len(outcomes) - len(rows),
-        rows=tuple(differ[i] for i in order[: max(_SHOWN_ENDS, min(shown, len(differ) - sum(ends)))]),
-    )
-
-
-def _compare(file: SourceFile, row: Row, tokenizer: Tokenizer) -> MarkedRow | None:
-    marked = template_marks(row, tokenizer)
-    (samples,) = encode_rows([replace(row, kind="messages", prompt_length=0, weights=())], tokenizer, ("assistant",))
-    if marked is None or isinstance(samples, BadRow) or len(samples) != 1:
-        return None
-    tokens, theirs = marked
-    if not np.array_equal(samples[0].tokens, tokens):
-        return None
-    return MarkedRow(file.key, row.file, row.line, tokens, samples[0].loss_weights != 0, theirs)
-
-
-def _differs_in_ends(row: MarkedRow, tokenizer: Tokenizer) -> bool:
-    others = row.tokens[row.ours != row.theirs].tolist()
-    return all(token in tokenizer.stop_ids or not tokenizer.decode([token]).strip() for token in others)

@@ -9,19 +9,18 @@ from functools import cached_property
 from itertools import chain, zip_longest
 
 import numpy as np
-from jaxtyping import Int, Int8, UInt64
+from jaxtyping import Bool, Int, Int8, UInt64
 
 from posttrain.config import DataConfig, SourceConfig
 from posttrain.data.cache import TokenCache
-from posttrain.data.samples import SampleTable
-from posttrain.data.stats import DUPLICATE, OVER_LIMIT, TOO_LONG, TRUNCATED_AWAY, UNTRAINED
+from posttrain.data.samples import UNUSABLE, SampleTable, segment_places, unusable, within_limit
+from posttrain.data.stats import DUPLICATE, OVER_LIMIT
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.data.turns import NOTE_SPLIT
 
 TRAINED_ON, HELD_OUT = "trained on", "held out"
-FATES = (TRAINED_ON, HELD_OUT, UNTRAINED, TOO_LONG, TRUNCATED_AWAY, f"{OVER_LIMIT}, or {DUPLICATE}")
-"""What becomes of a sample; `SourceFile.fates` holds indices into this."""
-DROPPED_FATES = (UNTRAINED, TOO_LONG, TRUNCATED_AWAY)
+FATES = (TRAINED_ON, HELD_OUT, *UNUSABLE, OVER_LIMIT, DUPLICATE)
+"""What becomes of a sample; `SourceFile.fates` holds places in this."""
 
 _SPREAD_OVER = 1 << 20
 """Of a file's samples, the first so many take part in the random choice."""
@@ -46,66 +45,74 @@ class SourceFile:
     fates: Int8[np.ndarray, "samples"]
 
     @cached_property
-    def lengths(self) -> Int[np.ndarray, "samples"]:
-        """Tokens, before truncation."""
-        return np.diff(self.cache.offsets)
+    def lengths(self) -> Int[np.ndarray, "segments"]:
+        """Tokens of all samples, before truncation; of pairs of each of their sides, with the prompt."""
+        chosen = self.cache.splits
+        return np.concatenate([chosen[chosen > 0], np.diff(self.cache.offsets) - chosen])
+
+    @cached_property
+    def longest(self) -> Int[np.ndarray, "samples"]:
+        """Tokens of each sample, before truncation; of a pair those of its longer side."""
+        return np.maximum(self.cache.splits, np.diff(self.cache.offsets) - self.cache.splits)
+
+    @property
+    def used(self) -> Bool[np.ndarray, "samples"]:
+        """Which samples are trained on or held out."""
+        return self.fates < 2
 
     def fate(self, sample: int) -> str:
         """One of `FATES`."""
         return FATES[self.fates[sample]]
 
-    def whole(self, sample: int) -> slice:
-        """A sample's tokens in the cache."""
-        return slice(int(self.cache.offsets[sample]), int(self.cache.offsets[sample + 1]))
+    def whole(self, sample: int) -> list[slice]:
+        """Where a sample's segments lie in the cache: one, or the two sides of a pair."""
+        return segment_places(self.cache, sample, int(self.longest[sample]), self.keep_end)
 
-    def kept(self, sample: int) -> slice:
-        """Those that truncation leaves; all of a dropped sample, so that one sees why."""
-        whole = self.whole(sample)
-        if self.fate(sample) in DROPPED_FATES:
-            return whole
-        if self.keep_end:
-            return slice(max(whole.start, whole.stop - self.max_length), whole.stop)
-        return slice(whole.start, min(whole.stop, whole.start + self.max_length))
-
-    def border(self, sample: int) -> int:
-        """Where truncation would cut a sample that is dropped for its length; 0 for all others."""
-        if self.fate(sample) not in (TOO_LONG, TRUNCATED_AWAY):
-            return 0
-        return int(self.lengths[sample]) - self.max_length if self.keep_end else self.max_length
+    def kept(self, sample: int) -> list[slice]:
+        """What truncation leaves of them; all of an unusable sample, so that one sees why."""
+        if self.fate(sample) in UNUSABLE:
+            return self.whole(sample)
+        return segment_places(self.cache, sample, self.max_length, self.keep_end)
 
 
 def source_files(
-    train: SampleTable, heldout: SampleTable | None, sources: Mapping[str, SourceConfig], data: DataConfig
+    train: SampleTable, heldout: SampleTable | None, sources: Mapping[str, SourceConfig], data: DataConfig, seed: int
 ) -> list[SourceFile]:
-    """The files under the tables, in the config's order."""
-    files: dict[tuple[str, str], tuple[TokenCache, Int8[np.ndarray, "samples"]]] = {}
+    """The files under the tables, in the config's order; `seed` is the one that the tables were made with."""
+    files: dict[str, dict[str, SourceFile]] = {}
     for table, fate in ((train, TRAINED_ON), (heldout, HELD_OUT)):
         if table is None:
             continue
         for number, (cache, part) in enumerate(table.parts()):
-            key = (table.keys[table.source_of[number]], cache.path)
-            _, fates = files.setdefault(key, (cache, _why_left_out(cache, data)))
-            fates[table.index[part]] = FATES.index(fate)
-    keep_end = data.truncation == "keep_end"
-    return [
-        SourceFile(key, sources[key], cache, data.max_length, keep_end, fates)
-        for (key, _), (cache, fates) in files.items()
-    ]
+            key = table.keys[table.source_of[number]]
+            of_source = files.setdefault(key, {})
+            if cache.path not in of_source:
+                of_source[cache.path] = _source_file(key, sources[key], cache, data)
+            of_source[cache.path].fates[table.index[part]] = FATES.index(fate)
+    for number, key in enumerate(train.keys):
+        limit = sources[key].limit
+        if limit is not None:
+            _mark_over_limit([*files[key].values()], limit, seed=seed, source=number)
+    return [file for of_source in files.values() for file in of_source.values()]
 
 
-def _why_left_out(cache: TokenCache, data: DataConfig) -> Int8[np.ndarray, "samples"]:
-    """For each sample the fate that it has unless it is trained on or held out."""
-    fates = np.full(cache.num_samples, len(FATES) - 1, np.int8)
-    over_long = np.diff(cache.offsets) > data.max_length
-    for sample in np.flatnonzero(over_long & (cache.trained > 0)).tolist():
-        start, end = int(cache.offsets[sample]), int(cache.offsets[sample + 1])
-        start = end - data.max_length if data.truncation == "keep_end" else start
-        if not cache.loss_weights[start + 1 : start + data.max_length].any():
-            fates[sample] = FATES.index(TRUNCATED_AWAY)
-    if data.truncation == "drop":
-        fates[over_long] = FATES.index(TOO_LONG)
-    fates[cache.trained == 0] = FATES.index(UNTRAINED)
-    return fates
+def _source_file(key: str, source: SourceConfig, cache: TokenCache, data: DataConfig) -> SourceFile:
+    """A file whose samples are unusable, or else duplicates: what is used of them is not marked yet."""
+    reasons, _ = unusable(cache, data.max_length, data.truncation)
+    first = FATES.index(UNUSABLE[0])
+    fates = np.where(reasons < 0, FATES.index(DUPLICATE), reasons + first).astype(np.int8)
+    return SourceFile(key, source, cache, data.max_length, data.truncation == "keep_end", fates)
+
+
+def _mark_over_limit(files: Sequence[SourceFile], limit: int, *, seed: int, source: int) -> None:
+    """Tells the samples of a source that are beyond its limit from duplicates."""
+    fates = np.concatenate([np.zeros(0, np.int8), *(file.fates for file in files)])
+    numbers = np.flatnonzero(~np.isin(fates, [FATES.index(reason) for reason in UNUSABLE]))
+    fates[numbers[~within_limit(numbers, limit, seed=seed, source=source)]] = FATES.index(OVER_LIMIT)
+    start = 0
+    for file in files:
+        file.fates[:] = fates[start : start + len(file.fates)]
+        start += len(file.fates)
 
 
 def alike_hashes(files: Sequence[SourceFile]) -> UInt64[np.ndarray, "hashes"]:
@@ -139,22 +146,21 @@ def _spread(samples: Iterable[Sequence[int]]) -> list[Place]:
 def _remarkable(file: SourceFile, alike: UInt64[np.ndarray, "hashes"]) -> list[Int[np.ndarray, "_"]]:
     """Samples by what is remarkable about them."""
     parts_of_one = np.zeros(file.cache.num_samples, bool)
-    if NOTE_SPLIT in file.cache.notes:  # else they may be different rows on one line
-        same = np.diff(file.cache.lines) == 0
+    if NOTE_SPLIT in file.cache.notes:  # else they are answers of a ranking or a tree
+        same = ~file.cache.begins[1:]
         parts_of_one[1:] |= same
         parts_of_one[:-1] |= same
-    kept = file.fates < 2
     weights = file.cache.loss_weights[:_SCANNED_TOKENS]
     unusual = np.flatnonzero((weights != 0) & (weights != 1))
     marked = [
         *(file.fates == fate for fate in range(2, len(FATES))),
-        kept & (file.lengths > file.max_length),
-        kept & parts_of_one,
+        file.used & (file.longest > file.max_length),
+        file.used & parts_of_one,
         np.isin(file.cache.hashes, alike),
         file.fates == FATES.index(HELD_OUT),
     ]
     weighted = np.unique(np.searchsorted(file.cache.offsets, unusual, side="right") - 1)
-    return [*map(np.flatnonzero, marked), weighted, np.argsort(-file.lengths, kind="stable")[:1]]
+    return [*map(np.flatnonzero, marked), weighted, np.argsort(-file.longest, kind="stable")[:1]]
 
 
 def find(files: Sequence[SourceFile], tokenizer: Tokenizer, text: str) -> Iterator[Place]:
@@ -162,5 +168,6 @@ def find(files: Sequence[SourceFile], tokenizer: Tokenizer, text: str) -> Iterat
     wanted = text.casefold()
     for number, file in enumerate(files):
         for sample in range(file.cache.num_samples):
-            if wanted in tokenizer.decode(file.cache.tokens[file.kept(sample)].tolist()).casefold():
+            tokens = (file.cache.tokens[place].tolist() for place in file.kept(sample))
+            if any(wanted in tokenizer.decode(of_segment).casefold() for of_segment in tokens):
                 yield number, sample

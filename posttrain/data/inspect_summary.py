@@ -1,6 +1,6 @@
-"""What an `Inspection` says in words and numbers: headline, what needs attention, the table of sources, the lengths.
+"""What an `Inspection` says in words and numbers: headline, what needs attention, the table of sources, the tokenizer.
 
-Shared by `inspect_text.py` and `inspect_page.py`, so that terminal and page tell the same.
+With `inspect_lengths.py` shared by `inspect_text.py` and `inspect_page.py`, so that terminal and page tell the same.
 """
 
 from collections import Counter
@@ -8,9 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-
 from posttrain.data.inspect import Inspection
+from posttrain.data.inspect_answers import length_bias
 from posttrain.data.packed import PackedDataset
 from posttrain.data.stats import DUPLICATE, FIXES, SourceStats
 from posttrain.data.turns import NOTE_SPLIT
@@ -58,26 +57,36 @@ def plural(count: int, noun: str) -> str:
 
 def headline(inspection: Inspection) -> list[tuple[str, str, str]]:
     """(what, value, remark) of the numbers that matter most."""
-    datasets = inspection.datasets
+    datasets, noun = inspection.datasets, inspection.noun
     if datasets is None:
         trained = [of for of in inspection.stats if of.key != "data.heldout"]
+        rows = sum(of.rows for of in trained)
         return [
-            ("Usable samples", f"{sum(of.samples for of in trained):,}", f"of {sum(of.rows for of in trained):,} rows"),
+            (
+                f"Usable {noun}s",
+                f"{sum(of.samples for of in trained):,}",
+                f"of {plural(rows, 'row')}",
+            ),
             ("Bad rows", f"{inspection.bad_rows:,}", ""),
             ("Optimizer steps", "0", "training would not start"),
         ]
     train = datasets.train
     trained_tokens = sum(of.epoch.trained_tokens for of in datasets.stats if of.epoch is not None)
+    sources = plural(_train_sources(inspection), "source")
     held = len(datasets.heldout.table) if datasets.heldout else 0
-    per_sample = f"{train.num_tokens / train.num_samples:,.0f} a sample"
+    per_sample = f"{train.num_tokens / train.num_samples:,.0f} a {noun}"
     filled = f"{percent(train.efficiency, 1)} filled, {train.row_length:,} tokens each"
     return [
-        ("Samples per epoch", f"{train.num_samples:,}", f"from {plural(_train_sources(inspection), 'source')}"),
+        (
+            f"{noun.capitalize()}s per epoch",
+            f"{train.num_samples:,}",
+            f"from {sources}",
+        ),
         ("Tokens per epoch", f"{train.num_tokens:,}", per_sample),
         ("Tokens trained on", f"{trained_tokens:,}", f"{percent(trained_tokens, train.num_tokens)} of all tokens"),
         ("Packed rows", f"{train.num_rows:,}", filled),
         ("Optimizer steps", f"{train.num_steps:,}", f"{_epochs(train)}, {plural(train.global_batch_size, 'row')} each"),
-        ("Held out", f"{held:,}", _overlap_remark(inspection) if held else "no samples"),
+        ("Held out", f"{held:,}", _overlap_remark(inspection) if held else f"no {noun}s"),
     ]
 
 
@@ -93,10 +102,10 @@ def _train_sources(inspection: Inspection) -> int:
 def _overlap_remark(inspection: Inspection) -> str:
     overlap = inspection.datasets.overlap if inspection.datasets else None
     if overlap is None or not overlap.prompts:
-        return "samples, none also in training"
+        return f"{inspection.noun}s, none also in training"
     if overlap.samples:
-        return f"samples, {overlap.samples:,} also in training"
-    return f"samples, {overlap.prompts:,} share a prompt with training"
+        return f"{inspection.noun}s, {overlap.samples:,} also in training"
+    return f"{inspection.noun}s, {overlap.prompts:,} share a prompt with training"
 
 
 # ---- what needs attention -------------------------------------------------------------------------------------------
@@ -107,13 +116,14 @@ def notices(inspection: Inspection) -> list[Notice]:
     found = [
         *_stops(inspection),
         *_losses(inspection),
+        *_answers(inspection),
         *_heldout(inspection),
         *_packing(inspection),
         *_tokens(inspection),
         *_marks(inspection),
     ]
     if not any(notice.level in ("stop", "warn") for notice in found):
-        text = "No row was rejected and no sample was dropped or cut, and none is there twice."
+        text = f"No row was rejected and no {inspection.noun} was dropped or cut, and none is there twice."
         found.append(Notice("good", text))
     order: Sequence[Level] = tuple(LEVEL_WORDS)
     return sorted(found, key=lambda notice: order.index(notice.level))
@@ -142,36 +152,63 @@ def _stops(inspection: Inspection) -> Iterator[Notice]:
 
 
 def _losses(inspection: Inspection) -> Iterator[Notice]:
-    data = inspection.data
+    data, noun = inspection.data, inspection.noun
     samples = sum(of.samples + sum(of.dropped.values()) for of in inspection.stats)
     dropped = sum((Counter(of.dropped) for of in inspection.stats), Counter())
     for reason, count in dropped.items():
         faulty = reason in FIXES
-        text = f"{plural(count, 'sample')} ({percent(count, samples)}) left out: {reason}."
+        text = f"{plural(count, noun)} ({percent(count, samples)}) left out: {reason}."
         fix = f"{FIXES[reason].capitalize()}." if faulty else ""
         yield Notice("warn" if faulty else "info", text, fix, "dropped" if faulty else "left out")
     truncated = sum(of.truncated for of in inspection.stats)
     if truncated:
+        with_side = "with a side " if inspection.rows == "pairs" else ""
         end = "start" if data.truncation == "keep_end" else "end"
         text = (
-            f"{plural(truncated, 'sample')} ({percent(truncated, samples)}) longer than data.max_length = "
+            f"{plural(truncated, noun)} ({percent(truncated, samples)}) {with_side}longer than data.max_length = "
             f"{data.max_length:,}: cut at the {end}."
         )
         lost = " A cut answer has no stop token." if end == "end" else ""
         yield Notice("warn", text, f"Raise data.max_length, or set data.truncation to drop.{lost}", "truncated")
     duplicates = sum(of.duplicates for of in inspection.stats)
     if duplicates and DUPLICATE not in dropped:
-        text = f"{plural(duplicates, 'sample')} ({percent(duplicates, samples)}) exactly like an earlier one."
+        text = f"{plural(duplicates, noun)} ({percent(duplicates, samples)}) exactly like an earlier one."
         yield Notice("warn", text, "Set data.drop_duplicates to true to use each once.", "duplicate")
     left_out = sum(of.left_out for of in inspection.stats)
     if left_out:
-        yield Notice("info", f"{plural(left_out, 'row')} left out by the options of the source.")
+        yield Notice("info", f"{plural(left_out, 'row')} left out: nothing of them is used.")
     for note, count in sum((Counter(of.notes) for of in inspection.stats), Counter()).items():
         yield Notice("info", f"{count:,} {note}.", flag="split" if note == NOTE_SPLIT else "")
 
 
+def _answers(inspection: Inspection) -> Iterator[Notice]:
+    answers = inspection.answers
+    if answers is None:
+        return
+    if answers.contradictions:
+        same = "the same two answers the other way round" if inspection.rows == "pairs" else "the other label"
+        text = (
+            f"{plural(answers.contradictions, inspection.noun)} contradicted by another that is the same with {same}."
+        )
+        yield Notice("warn", text, "Remove one of the two.")
+    if inspection.rows == "pairs" and (side := length_bias(answers)):
+        longer, means = max(answers.longer), {kind: trained.mean() for kind, trained in answers.trained.items()}
+        text = (
+            f"The {side} answer is the longer one in {percent(longer, len(answers.prompts))} of the pairs (trained "
+            f"tokens on average: chosen {means['chosen']:,.0f}, rejected {means['rejected']:,.0f}): length may be what "
+            "is learned."
+        )
+        yield Notice("warn", text, "Even the lengths out, or use a loss of log-probabilities per token.")
+
+    if inspection.rows == "labelled":
+        (many, most), (few, least) = sorted(answers.counts.items(), key=lambda of: -of[1])
+        if most > 2 * least > 0:
+            text = f"There are {most / least:.1f} {many} answers to each {few} one."
+            yield Notice("info", text, f"objective.{few}_weight can even that out.")
+
+
 def _heldout(inspection: Inspection) -> Iterator[Notice]:
-    datasets = inspection.datasets
+    datasets, noun = inspection.datasets, inspection.noun
     if datasets is None:
         return
     if datasets.heldout is None:
@@ -180,8 +217,8 @@ def _heldout(inspection: Inspection) -> Iterator[Notice]:
     elif datasets.overlap is not None and datasets.overlap.prompts:
         overlap = datasets.overlap
         text = (
-            f"Of {plural(overlap.heldout, 'held-out sample')}, {overlap.samples:,} are exactly among the training "
-            f"samples, and {overlap.prompts:,} share a prompt with one: their loss says little about new data."
+            f"Of {plural(overlap.heldout, f'held-out {noun}')}, {overlap.samples:,} are exactly among the training "
+            f"{noun}s, and {overlap.prompts:,} share a prompt with one: their loss says little about new data."
         )
         yield Notice("warn", text, "Remove them, or let data.heldout.path name other data.", "held out")
 
@@ -198,7 +235,8 @@ def _packing(inspection: Inspection) -> Iterator[Notice]:
         )
         yield Notice("warn", text, "Lower train.global_batch_size or data.row_length.")
     elif train.efficiency < 0.9:
-        why = "data.packing is off" if not inspection.data.packing else "there are few samples, or long ones"
+        few = f"there are few {inspection.noun}s, or long ones"
+        why = few if inspection.data.packing else "data.packing is off"
         text = f"Only {percent(train.efficiency, 1)} of the places in packed rows hold tokens: {why}."
         yield Notice("warn", text, "The rest is computed for nothing.")
 
@@ -254,26 +292,26 @@ def marks_text(inspection: Inspection) -> str:
 
 
 @dataclass(frozen=True)
-class SourceTable:
-    """Rows of cells, one for each source; the first column names it."""
+class NumberTable:
+    """Rows of cells; the first column names what the others count."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
-    remarks: tuple[str, ...]
-    """Of each source what numbers do not say, perhaps nothing."""
-    total: tuple[Cell, ...] | None
-    """Of all training sources, where there are several."""
+    remarks: tuple[str, ...] = ()
+    """On each row what numbers do not say, perhaps nothing; or on none."""
+    total: tuple[Cell, ...] | None = None
+    """Of all rows, where that says more than they do."""
 
 
-def source_table(inspection: Inspection) -> SourceTable:
-    """What became of each source; columns without anything in them are left out."""
+def source_table(inspection: Inspection) -> NumberTable:
+    """What became of each source, and of all training sources; columns without anything in them are left out."""
     wide = [_source_cells(of, inspection) for of in inspection.stats]
     names = tuple(wide[0]) if wide else ()
     total = _total_cells(inspection) if _train_sources(inspection) > 1 else None
-    always = ("Source", "Rows", "Samples", "Tokens", _TRAINED)
+    always = ("Source", "Rows", _samples_column(inspection), "Tokens", _TRAINED)
     empty = {("", ""), ("0", "")}
     columns = tuple(name for name in names if name in always or any(row[name] not in empty for row in wide))
-    return SourceTable(
+    return NumberTable(
         columns,
         tuple(tuple(row[name] for name in columns) for row in wide),
         tuple(_remarks(of) for of in inspection.stats),
@@ -286,13 +324,13 @@ def _source_cells(of: SourceStats, inspection: Inspection) -> dict[str, Cell]:
     share: Cell = ("", "")
     if use is not None and (_train_sources(inspection) > 1 or use.samples != use.available):
         passes = "" if use.passes == 1 else f", {use.passes:.3g} passes"
-        share = (percent(use.token_share, 1), f"{percent(use.sample_share, 1)} of samples{passes}")
+        share = (percent(use.token_share, 1), f"{percent(use.sample_share, 1)} of {inspection.noun}s{passes}")
     directory, _, name = of.path.rpartition("/")
     where = f"{of.key} in {directory}" if directory else of.key
     return {
         "Source": (name, where if of.files == 1 else f"{where}, {plural(of.files, 'file')}"),
         "Rows": (f"{of.rows:,}", f"{of.left_out:,} left out" if of.left_out else ""),
-        "Samples": (f"{of.samples:,}", ""),
+        _samples_column(inspection): (f"{of.samples:,}", ""),
         "Tokens": (f"{of.tokens:,}", ""),
         _TRAINED: (f"{of.trained_tokens:,}", percent(of.trained_tokens, of.tokens)),
         "Share of tokens": share,
@@ -302,6 +340,10 @@ def _source_cells(of: SourceStats, inspection: Inspection) -> dict[str, Cell]:
         "Duplicates": (f"{of.duplicates:,}", ""),
         "Bad rows": (f"{of.bad_rows:,}", ""),
     }
+
+
+def _samples_column(inspection: Inspection) -> str:
+    return f"{inspection.noun.capitalize()}s"
 
 
 def _remarks(of: SourceStats) -> str:
@@ -315,7 +357,7 @@ def _total_cells(inspection: Inspection) -> dict[str, Cell]:
     return {
         "Source": ("All training sources", ""),
         "Rows": (f"{sum(of.rows for of in stats):,}", ""),
-        "Samples": (f"{sum(of.samples for of in stats):,}", ""),
+        _samples_column(inspection): (f"{sum(of.samples for of in stats):,}", ""),
         "Tokens": (f"{tokens:,}", ""),
         _TRAINED: (f"{trained:,}", percent(trained, tokens)),
         "Held out": (f"{sum(of.heldout for of in stats):,}", ""),
@@ -326,52 +368,7 @@ def _total_cells(inspection: Inspection) -> dict[str, Cell]:
     }
 
 
-# ---- lengths and packing --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Histogram:
-    """How many samples have `edges[i]` to `edges[i + 1] - 1` tokens."""
-
-    edges: tuple[int, ...]
-    counts: tuple[int, ...]
-
-
-def length_histogram(inspection: Inspection) -> Histogram:
-    """Buckets that grow with the length, two to each doubling; one begins right behind `data.max_length`."""
-    lengths = inspection.lengths
-    if not len(lengths):
-        return Histogram((), ())
-    border = inspection.data.max_length + 1
-    powers = [2**k for k in range(int(lengths[-1]).bit_length() + 2)]
-    edges = sorted({*powers, *(3 * power // 2 for power in powers[1:])})
-    edges = sorted({border, *(edge for edge in edges if abs(edge - border) > 0.12 * border)})
-    counts = np.diff(np.searchsorted(lengths, edges))
-    filled = np.flatnonzero(counts)
-    first, last = int(filled[0]), int(filled[-1])
-    return Histogram(tuple(edges[first : last + 2]), tuple(counts[first : last + 1].tolist()))
-
-
-def lengths_text(inspection: Inspection) -> str:
-    """The lengths in a sentence."""
-    lengths, limit = inspection.lengths, inspection.data.max_length
-    if not len(lengths):
-        return "There are no samples."
-    half, most = (int(lengths[int(share * (len(lengths) - 1))]) for share in (0.5, 0.95))
-    over = len(lengths) - int(np.searchsorted(lengths, limit, side="right"))
-    text = f"Half of the samples have up to {plural(half, 'token')}, 95% up to {most:,}, the longest {lengths[-1]:,}."
-    return f"{text} {f'{over:,} are' if over != 1 else '1 is'} over data.max_length = {limit:,}." if over else text
-
-
-def packing_text(inspection: Inspection) -> str:
-    """The packing in a sentence."""
-    if inspection.datasets is None:
-        return "There are no packed rows: no run could be built of this data."
-    train = inspection.datasets.train
-    return (
-        f"{plural(train.num_rows, 'row')} of {train.row_length:,} tokens hold {plural(train.num_samples, 'sample')}: "
-        f"{train.num_samples / train.num_rows:.1f} a row, {percent(train.efficiency, 1)} filled."
-    )
+# ---- tokenizer ------------------------------------------------------------------------------------------------------
 
 
 def token_names(inspection: Inspection, ids: Sequence[int | None]) -> str:

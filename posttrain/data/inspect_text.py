@@ -5,6 +5,7 @@ trained text stands in brackets. Line ends, tabs and characters that are invisib
 are shown, not sent.
 """
 
+import math
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -15,21 +16,28 @@ from rich.table import Table
 from rich.text import Text
 
 from posttrain.data.inspect import Inspection, InspectOptions, PackedRow
-from posttrain.data.inspect_rows import Reject, ShownSample
+from posttrain.data.inspect_lengths import (
+    Histogram,
+    answer_histogram,
+    answer_table,
+    answers_text,
+    lengths_text,
+    packing_text,
+    sample_text,
+)
+from posttrain.data.inspect_rows import Part, Reject, ShownSample, parts
 from posttrain.data.inspect_summary import (
     LEVEL_WORDS,
     Cell,
     Level,
+    NumberTable,
     headline,
-    lengths_text,
     marks_text,
     notices,
-    packing_text,
     plural,
     source_table,
     tokenizer_facts,
 )
-from posttrain.data.token_text import pieces
 from posttrain.data.tokenizer import Tokenizer
 
 TRAINED, OTHER_WEIGHT, SPECIAL, MARK = "underline dodger_blue1", "underline dark_orange3", "reverse", "dim"
@@ -40,6 +48,8 @@ _LEVEL_STYLES: dict[Level, str] = {
     "good": "bold green",
 }
 _SHOWN_REJECTS = 5
+_BAR = 24
+"""Places of the longest bar."""
 _HIDDEN = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
 _JOINERS = "\u200c\u200d"
 """Format characters that belong to words and emoji."""
@@ -48,19 +58,19 @@ _JOINERS = "\u200c\u200d"
 def show(inspection: Inspection, options: InspectOptions, console: Console | None = None) -> None:
     """Prints it to standard output."""
     printer = console or Console(highlight=False)
-    for part in (_summary, _attention, _rejects):
+    for part in (_summary, _answers, _attention, _rejects):
         part(inspection, printer)
     if options.find is not None:
-        matches = f"{plural(inspection.matches or 0, 'sample')} with {visible(options.find)!r}"
+        matches = f"{plural(inspection.matches or 0, inspection.noun)} with {visible(options.find)!r}"
         _title(printer, f"{matches}, {min(options.rows, len(inspection.samples))} shown")
         _legend(printer)
         for sample in inspection.samples[: options.rows]:
-            _segment(sample, inspection.tokenizer, printer)
+            _sample(sample, inspection.tokenizer, printer)
     elif options.rows and inspection.packed:
         _title(printer, "Packed rows, token by token")
         _legend(printer)
         for row in inspection.packed[: options.rows]:
-            _packed_row(row, inspection.tokenizer, printer)
+            _packed_row(row, inspection, printer)
 
 
 def _title(console: Console, text: str) -> None:
@@ -87,19 +97,49 @@ def _summary(inspection: Inspection, console: Console) -> None:
     paths = [visible(of.path) + (f" ({plural(of.files, 'file')})" if of.files > 1 else "") for of in inspection.stats]
     _grid(console, [(Text(key), Text(path)) for key, path in zip(keys, paths, strict=True)])
     console.print()
-    numbers = Table(box=None, padding=(0, 2, 0, 0), header_style=MARK)
-    for name in ("", *table.columns[1:]):
-        numbers.add_column(Text(name), justify="right" if name else "left", overflow="fold")
-    totals = [] if table.total is None else [("all to train on", table.total)]
-    for key, cells in (*zip(keys, table.rows, strict=True), *totals):
-        numbers.add_row(Text(key), *(_number(cell) for cell in cells[1:]))
-    _print_table(console, numbers)
+    _print_numbers(console, table, names=("", *keys, "all to train on"))
     console.print()
     facts = [(name, f"{value}  {remark}".rstrip()) for name, value, remark in headline(inspection)]
     facts += [("Lengths", lengths_text(inspection)), ("Packing", packing_text(inspection))]
     facts += tokenizer_facts(inspection)
     facts += [("Template's marks", marks_text(inspection))] if inspection.marks.compared else []
     _grid(console, [(Text(name, MARK), Text(visible(value))) for name, value in facts])
+
+
+def _answers(inspection: Inspection, console: Console) -> None:
+    table = answer_table(inspection)
+    if table is None:
+        return
+    _title(console, "Answers")
+    _print(console, Text(answers_text(inspection)))
+    console.print()
+    _print_numbers(console, table, names=(table.columns[0], *(cells[0][0] for cells in table.rows)))
+    console.print()
+    _print_table(console, _histogram(answer_histogram(inspection, per_doubling=1), table))
+
+
+def _histogram(histogram: Histogram, table: NumberTable) -> Table:
+    """A bar for each bucket and kind of answer; the kinds are the table's last rows."""
+    most = max(map(max, histogram.counts))
+    bars = Table(box=None, padding=(0, 2, 0, 0), header_style=MARK)
+    bars.add_column("Trained tokens", justify="right")
+    for name, _, *_ in table.rows[-len(histogram.counts) :]:
+        bars.add_column(name[0], min_width=_BAR + 6)
+    for low, behind, *counts in zip(histogram.edges, histogram.edges[1:], *histogram.counts, strict=False):
+        length = f"{low:,} to {behind - 1:,}" if behind - low > 1 else f"{low:,}"
+        bars.add_row(length, *(f"{'█' * math.ceil(_BAR * count / most)} {count:,}".strip() for count in counts))
+    return bars
+
+
+def _print_numbers(console: Console, table: NumberTable, names: Sequence[str]) -> None:
+    """A table of numbers; `names` are those of its first column, of its rows, and of a total."""
+    numbers = Table(box=None, padding=(0, 2, 0, 0), header_style=MARK)
+    for column, name in enumerate((names[0], *table.columns[1:])):
+        numbers.add_column(Text(name), justify="right" if column else "left", overflow="fold")
+    rows = [*table.rows, *([] if table.total is None else [table.total])]
+    for name, cells in zip(names[1:], rows, strict=False):
+        numbers.add_row(Text(name), *(_number(cell) for cell in cells[1:]))
+    _print_table(console, numbers)
 
 
 def _number(cell: Cell) -> Text:
@@ -168,37 +208,39 @@ def _legend(console: Console) -> None:
     console.print(Text.assemble(*parts, ("special token", SPECIAL), "  ↵ ends a line, ⇥ is a tab"), soft_wrap=True)
 
 
-def _packed_row(row: PackedRow, tokenizer: Tokenizer, console: Console) -> None:
+def _packed_row(row: PackedRow, inspection: Inspection, console: Console) -> None:
     padding = row.row_length - row.tokens
     console.print()
-    head = f"Step {row.step}, row {row.row}: {plural(len(row.segments), 'sample')}, {row.tokens:,} tokens"
+    head = f"Step {row.step}, row {row.row}: {plural(len(row.samples), inspection.noun)}, {row.tokens:,} tokens"
     console.print(Text(f"{head}, {padding:,} of padding", style="bold"), soft_wrap=True)
-    for segment in row.segments:
-        _segment(segment, tokenizer, console)
+    for sample in row.samples:
+        _sample(sample, inspection.tokenizer, console)
     if padding:
         console.print(Text(f"[{plural(padding, 'place')} of padding]", style=MARK))
 
 
-def _segment(sample: ShownSample, tokenizer: Tokenizer, console: Console) -> None:
-    """A border that says where the sample comes from, and its tokens."""
-    trained = int((sample.loss_weights != 0).sum())
-    head = f"{visible(f'{sample.file}:{sample.line}')}  {len(sample.tokens):,} tokens, {trained:,} trained"
+def _sample(sample: ShownSample, tokenizer: Tokenizer, console: Console) -> None:
+    """A border that says where the sample comes from, and its tokens: of a pair the prompt, then both answers."""
+    head = f"{visible(f'{sample.file}:{sample.line}')}  {sample_text(sample)}"
     flags = [sample.fate if flag in ("dropped", "left out") else flag for flag in sample.flags]
     head += f"  ({', '.join(flags)})" if flags else ""
     border = f"── {head} "
     border += "─" * (console.width - cell_len(border) if console.is_terminal else 2)
     _print(console, Text(border, MARK))
-    _print(console, tokens_text(sample, tokenizer, plain=_is_plain(console)))
+    for part in parts(sample, tokenizer):
+        if part.name:
+            _print(console, Text(f"┌ {part.name.capitalize()}", "bold"))
+        _print(console, tokens_text(part, plain=_is_plain(console)))
 
 
-def tokens_text(sample: ShownSample, tokenizer: Tokenizer, *, plain: bool) -> Text:
-    """A sample's tokens; `plain` marks what is trained with brackets instead of colours."""
+def tokens_text(part: Part, *, plain: bool) -> Text:
+    """A part's tokens; `plain` marks what is trained with brackets instead of colours."""
     text = Text()
-    if sample.cut_before:
-        text.append(f"✂ {plural(sample.cut_before, 'token')} cut off before this\n", MARK)
-    weights: list[float] = sample.loss_weights.tolist()
+    if part.cut_before:
+        text.append(f"✂ {plural(part.cut_before, 'token')} cut off before this\n", MARK)
+    weights: list[float] = part.segment.loss_weights.tolist()
     before = 0.0
-    for piece in pieces(tokenizer, sample.tokens):
+    for piece in part.pieces:
         weight = weights[piece.start + len(piece.ids) - 1]
         if plain and weight != before:
             text.append(("⟧" if before else "") + ("" if not weight else "⟦" if weight == 1 else f"⟦{weight:.4g}: "))
@@ -208,8 +250,8 @@ def tokens_text(sample: ShownSample, tokenizer: Tokenizer, *, plain: bool) -> Te
             style = f"{style} {SPECIAL}".strip()
         _append(text, piece.text, "" if plain else style)
     text.append("⟧" if plain and before else "")
-    if sample.cut_behind:
-        text.append(f"\n✂ {plural(sample.cut_behind, 'token')} cut off here", MARK)
+    if part.cut_behind:
+        text.append(f"\n✂ {plural(part.cut_behind, 'token')} cut off here", MARK)
     return text
 
 

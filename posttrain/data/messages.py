@@ -198,6 +198,12 @@ def _role(given: Mapping[str, Any], key: str, problems: Problems, aliases: bool)
     return "user", False
 
 
+def says_something(message: Mapping[str, Any]) -> bool:
+    """Whether a message has text, reasoning or tool calls."""
+    said = (message.get(part) for part in ("content", "reasoning_content", "tool_calls"))
+    return any(value.strip() if isinstance(value, str) else value for value in said)
+
+
 # ---- content, reasoning and tool calls ------------------------------------------------------------------------------
 
 

@@ -17,13 +17,14 @@ from jaxtyping import Float32, Int
 
 from posttrain.data.mixture import Mixture
 from posttrain.data.packing import Plan, plan_rows
+from posttrain.data.pairs import RowsKind
 from posttrain.data.samples import PackedSegment, SampleTable
 from posttrain.records import Batch
 
 _PLANS_HELD = 2
 
-_TOKENS_A_PAIR = 64
-"""A row of pairs has places for as many pairs as it could hold if they had only so many tokens."""
+_TOKENS_A_SAMPLE = 64
+"""A row of pairs or labelled answers has places for as many as it could hold if they had only so many tokens."""
 
 
 def assemble(rows: Sequence[Sequence[PackedSegment]], row_length: int) -> Batch:
@@ -44,14 +45,18 @@ def assemble(rows: Sequence[Sequence[PackedSegment]], row_length: int) -> Batch:
     return Batch(tokens=tokens, segment_ids=segment_ids, positions=positions, loss_weights=loss_weights)
 
 
-def with_pairs(batch: Batch, margins: Sequence[Sequence[float]], slots: int) -> Batch:
-    """Packed rows of pairs: segments are a chosen side, its rejected one, and so on. `margins` has one for each pair of
-    each row; `slots` is the size of the per-segment arrays."""
-    sides, placed = np.zeros((len(margins), slots), np.int32), np.zeros((len(margins), slots), np.float32)
-    for row, of_row in enumerate(margins):
-        sides[row, 0 : 2 * len(of_row) : 2], sides[row, 1 : 2 * len(of_row) : 2] = 1, -1
-        placed[row, 0 : 2 * len(of_row) : 2] = of_row
-    return replace(batch, sides=sides, margins=placed)
+Side = tuple[int, float]
+"""What a segment is, as in `Batch.sides`, and its margin."""
+
+
+def with_sides(batch: Batch, sides: Sequence[Sequence[Side]], slots: int) -> Batch:
+    """Packed rows that say what each segment is. `sides` has one for each segment of each row; `slots` is the size of
+    the per-segment arrays."""
+    kinds, margins = np.zeros((len(sides), slots), np.int32), np.zeros((len(sides), slots), np.float32)
+    for row, of_row in enumerate(sides):
+        for segment, (kind, margin) in enumerate(of_row):
+            kinds[row, segment], margins[row, segment] = kind, margin
+    return replace(batch, sides=kinds, margins=margins)
 
 
 class PackedDataset:
@@ -73,7 +78,7 @@ class PackedDataset:
         max_steps: int | None = None,
         shuffle: bool = True,
         packing: bool = True,
-        pairs: bool = False,
+        rows: RowsKind = "single",
         mixture: Mixture | None = None,
     ):
         if len(table) == 0:
@@ -81,13 +86,21 @@ class PackedDataset:
         self.table = table
         self.row_length = row_length
         self.global_batch_size = global_batch_size
-        pairs_a_row = max(1, row_length // _TOKENS_A_PAIR) if pairs else None
-        self.slots = None if pairs_a_row is None else 2 * pairs_a_row
-        """Of rows of pairs: the size of the per-segment arrays."""
+        self.rows: RowsKind = rows
+        samples_a_row = None if rows == "single" else max(1, row_length // _TOKENS_A_SAMPLE)
+        segments = 2 if rows == "pairs" or table.partners is not None else 1
+        self.slots = None if samples_a_row is None else segments * samples_a_row
+        """Of rows of pairs and labelled answers: the size of the per-segment arrays."""
         self.ref_logps: RefLogps | None = None
         """The reference model's log-probabilities, once they are known."""
         self._plan_epoch = partial(
-            plan_rows, table.lengths, row_length, seed=seed, packing=packing, shuffle=shuffle, max_segments=pairs_a_row
+            plan_rows,
+            table.lengths,
+            row_length,
+            seed=seed,
+            packing=packing,
+            shuffle=shuffle,
+            max_segments=samples_a_row,
         )
         self._shuffle = shuffle
         self._mixture = mixture
@@ -127,10 +140,18 @@ class PackedDataset:
         segments = [[part for sample in of_row for part in self.table.segments(sample)] for of_row in samples]
         batch = assemble(segments, self.row_length)
         if self.slots is not None:
-            batch = with_pairs(batch, [[self.table.margin(sample) for sample in row] for row in samples], self.slots)
+            sides = [[side for sample in of_row for side in self._sides(sample)] for of_row in samples]
+            batch = with_sides(batch, sides, self.slots)
         if self.ref_logps is not None:
             batch = replace(batch, ref_logps=self.ref_logps.rows(samples, self.row_length))
         return batch
+
+    def _sides(self, sample: int) -> list[Side]:
+        """What a sample's segments are."""
+        if self.rows == "pairs":
+            return [(1, self.table.margin(sample)), (-1, 0.0)]
+        own = (self.table.label(sample), 0.0)
+        return [own] if self.table.partners is None else [own, (2, 0.0)]
 
     def segment_lengths(self, step: int) -> Int[np.ndarray, "segments"]:
         """Tokens of every segment in a step's global batch."""
@@ -222,6 +243,7 @@ def plan_fingerprint(dataset: PackedDataset) -> str:
     digest.update(
         repr((dataset.num_steps, dataset.table.bounds, dataset.table.max_length, dataset.table.keep_end)).encode()
     )
+    digest.update(repr(dataset.table.partners is not None).encode())
     for array in (dataset.table.index, plan.sample_ids, plan.row_offsets, plan.row_tokens):
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from posttrain.config import DataConfig
+from posttrain.data.mismatched import with_partners
 from posttrain.data.mixture import Mixture, epoch_counts, epoch_use
 from posttrain.data.packed import PackedDataset, plan_fingerprint
 from posttrain.data.pairs import RowsKind
@@ -52,6 +53,7 @@ def build_datasets(
     rejects_dir: str | Path | None,
     heldout_batch_size: int | None = None,
     rows: RowsKind = "single",
+    mismatched: bool = False,
     barrier: Callable[[str], None] = lambda name: None,
     gather: Callable[[str], Sequence[str]] = lambda text: [text],
     is_main: bool = True,
@@ -65,6 +67,7 @@ def build_datasets(
       heldout_batch_size: rows per held-out batch, by default the same; nothing but the number of empty rows in the last
         one depends on it.
       rows: what the objective is trained on.
+      mismatched: of labelled answers, whether each has a second segment, its prompt with another's answer.
       max_steps: steps of the run; None for `data.epochs` epochs.
       seed: chooses the held-out samples, those under a limit, and the order of the others.
       rejects_dir: gets `rejects.jsonl` when bad rows are skipped; None: nothing does.
@@ -96,11 +99,15 @@ def build_datasets(
     else:
         table, heldout, stats = _split(table, stats, data.heldout.fraction, seed)
         heldout_stats = ()
+    if rows == "labelled":
+        _check_labels(table)
+    if mismatched:
+        table, heldout = with_partners(table), with_partners(heldout) if len(heldout) else heldout
     bounds = table.source_bounds
     sizes = np.diff(bounds).tolist()
     mixture = Mixture(sizes, epoch_counts(sizes, data.train), seed=seed)
     stats = tuple(replace(of, epoch=use) for of, use in zip(stats, epoch_use(table, mixture), strict=True))
-    dataset = partial(PackedDataset, row_length=data.row_length, seed=seed, packing=data.packing, pairs=rows == "pairs")
+    dataset = partial(PackedDataset, row_length=data.row_length, seed=seed, packing=data.packing, rows=rows)
     train = dataset(
         table, global_batch_size=global_batch_size, epochs=data.epochs, max_steps=max_steps, mixture=mixture
     )
@@ -147,6 +154,18 @@ def _check_agreement(texts: Sequence[str]) -> None:
         others = [str(process) for process, text in enumerate(found) if text != found[0]]
         if others:
             raise UserError(f"data: of {len(texts)} processes, {', '.join(others)} {what} than process 0; {fix}")
+
+
+def _check_labels(table: SampleTable) -> None:
+    """Raises `UserError` where all labels are the same: nothing would tell a good answer from a bad one."""
+    labels = table.labels()
+    desirable = int(np.count_nonzero(labels == 1))
+    log.info("labelled answers to train on: %d desirable, %d undesirable", desirable, len(labels) - desirable)
+    if desirable in (0, len(labels)):
+        raise UserError(
+            f"data.train: all {len(labels)} labels are {str(desirable > 0).lower()}; answers of both kinds are needed: "
+            "add the other kind, or fine-tune on good answers with objective.name sft"
+        )
 
 
 # ---- what is told of them -------------------------------------------------------------------------------------------

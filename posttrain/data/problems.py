@@ -4,18 +4,25 @@
 """
 
 import json
+import math
 from typing import Any, NoReturn
 
 from posttrain.data.files import BadRow
 
+Number = int | float
+
 _SHOWN = 3
+_MOST = 1e30
+"""What float32 can hold, with room to subtract. A number of JSON can be beyond all floats."""
 
 
 class Problems(list[tuple[str, str]]):
     """(key, reason) of each problem, in the order found."""
 
     def add(self, key: str, reason: str) -> None:
-        self.append((key, reason))
+        """Adds a problem that is not known yet."""
+        if (key, reason) not in self:
+            self.append((key, reason))
 
     def bad_row(self, file: str, line: int) -> BadRow:
         """One BadRow, however much is wrong: the first problem leads, the next ones are named, the others counted."""
@@ -34,6 +41,18 @@ class Problems(list[tuple[str, str]]):
         except UnicodeEncodeError as error:
             at = text[error.start]
             self.add(key, f"has a lone surrogate {at!r} at character {error.start}; fix: remove it")
+
+    def number(self, value: Any, key: str, *, whole: bool = False) -> Number | None:
+        """A finite number that float32 can hold (`whole`: without a fraction); None, with a problem, if it is none."""
+        if isinstance(value, bool) or not isinstance(value, int | float) or not _is_finite(value):
+            self.add(key, f"must be a finite number, not {value!r}")
+        elif abs(value) > _MOST:
+            self.add(key, f"must be a number from {-_MOST:g} to {_MOST:g}, not {value!r}")
+        elif whole and value != int(value):
+            self.add(key, f"must be a whole number, not {value!r}")
+        else:
+            return value
+        return None
 
     def check_json(self, value: Any, key: str) -> None:
         """`check_text` for every string in a JSON value."""
@@ -63,6 +82,10 @@ class Problems(list[tuple[str, str]]):
         except (ValueError, RecursionError) as error:
             self.add(key, f"is a string that holds no valid JSON ({error}); fix: correct it")
             return None
+
+
+def _is_finite(value: Number) -> bool:
+    return isinstance(value, int) or math.isfinite(value)  # which takes no integer beyond all floats
 
 
 def is_empty(value: Any) -> bool:

@@ -56,6 +56,8 @@ class Row:
     """What `messages` were called in the file, where not `messages`: `conversations`, `chosen`, ..."""
     keys: tuple[str, ...] = ()
     """Where in the file each of `messages` stands, where they are not one after the other in `origin`."""
+    rejected_keys: tuple[str, ...] = ()
+    """The same of `rejected_messages`."""
 
     def message_key(self, index: int) -> str:
         """Where in the file message `index` stands, e.g. `completion[0]`."""

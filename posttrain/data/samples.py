@@ -12,19 +12,18 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
-from jaxtyping import Bool, Int, UInt64
+from jaxtyping import Bool, Int, Int8, UInt64
 
 from posttrain.config import SourceConfig
 from posttrain.data.cache import TokenCache
-from posttrain.data.files import COMPRESSED_SUFFIXES
 from posttrain.data.packing import index_dtype, random_stream, sorting_order
 from posttrain.data.stats import DUPLICATE, OVER_LIMIT, TOO_LONG, TRUNCATED_AWAY, UNTRAINED, SourceStats
 
 PackedSegment = tuple[np.ndarray, np.ndarray]
 """Token ids and loss weights of one segment."""
 
-_LISTS = tuple(f".json{suffix}" for suffix in ("", *COMPRESSED_SUFFIXES))
-"""Files in which several rows may stand on one line."""
+UNUSABLE = (UNTRAINED, TOO_LONG, TRUNCATED_AWAY)
+"""Why a sample cannot be trained on."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,9 @@ class SampleTable:
     """Most tokens of a sample, of a pair of each of its sides."""
     keep_end: bool
     """Truncated samples have lost their start, not their end."""
+    partners: Int[np.ndarray, "samples"] | None = None
+    """Of labelled answers, if asked for: the sample whose answer stands behind each one's prompt in a second segment,
+    which `lengths` counts in (`mismatched.py`)."""
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -87,26 +89,54 @@ class SampleTable:
         return f"{cache.path}:{cache.lines[self.index[sample]]}"
 
     def segments(self, sample: int) -> list[PackedSegment]:
-        """Token ids (int32) and loss weights (f32) of a sample, as views; of a pair those of its two sides."""
+        """Token ids (int32) and loss weights (f32) of a sample, as views; of a pair those of its two sides, with
+        `partners` also those of the mismatched answer."""
         cache = self.caches[self._cache(sample)]
-        return [(cache.tokens[part], cache.loss_weights[part]) for part in self._places(cache, int(self.index[sample]))]
+        places = self._places(cache, int(self.index[sample]))
+        segments = [(cache.tokens[place], cache.loss_weights[place]) for place in places]
+        return segments if self.partners is None else [*segments, self._mismatched(sample, int(self.partners[sample]))]
 
     def segment_lengths(self, samples: Int[np.ndarray, "samples"]) -> Int[np.ndarray, "segments"]:
         """Tokens of each segment of these samples."""
-        places = (
-            self._places(self.caches[self._cache(sample)], int(self.index[sample])) for sample in samples.tolist()
-        )
-        return np.array([place.stop - place.start for parts in places for place in parts], np.int32)
+        return np.array([len(ids) for sample in samples.tolist() for ids, _ in self.segments(sample)], np.int32)
+
+    def _mismatched(self, sample: int, partner: int) -> PackedSegment:
+        """The prompt of one sample with the answer of another, truncated like any other."""
+        (prompt, _), (answer, weights) = self._halves(sample)[0], self._halves(partner)[1]
+        kept = slice(-self.max_length, None) if self.keep_end else slice(self.max_length)
+        weights = np.concatenate([np.zeros(len(prompt), np.float32), weights])
+        return np.concatenate([prompt, answer])[kept], weights[kept]
+
+    def _halves(self, sample: int) -> tuple[PackedSegment, PackedSegment]:
+        """What stands before a whole sample's first trained token, and the rest."""
+        cache, number = self.caches[self._cache(sample)], int(self.index[sample])
+        start, end = int(cache.offsets[number]), int(cache.offsets[number + 1])
+        border = start + 1 + int((cache.loss_weights[start + 1 : end] > 0).argmax())
+        first, last = slice(start, border), slice(border, end)
+        return (cache.tokens[first], cache.loss_weights[first]), (cache.tokens[last], cache.loss_weights[last])
 
     def margin(self, sample: int) -> float:
         """Of a pair: by how much its chosen side is better; 0 where the row does not say."""
         return float(self.caches[self._cache(sample)].margins[self.index[sample]])
 
+    def label(self, sample: int) -> int:
+        """Of a labelled answer: 1 if it is desirable, -1 if not; else 0."""
+        return int(self.caches[self._cache(sample)].labels[self.index[sample]])
+
+    def labels(self) -> Int8[np.ndarray, "samples"]:
+        """Of all samples."""
+        labels = np.empty(len(self), np.int8)
+        for cache, part in self.parts():
+            labels[part] = cache.labels[self.index[part]]
+        return labels
+
     def _places(self, cache: TokenCache, number: int) -> list[slice]:
-        return _places(cache, number, self.max_length, self.keep_end)
+        return segment_places(cache, number, self.max_length, self.keep_end)
 
     def take(self, kept: Bool[np.ndarray, "samples"]) -> "SampleTable":
         """The samples that are marked."""
+        if self.partners is not None:
+            raise ValueError("samples are taken before they are matched with each other's answers")
         counts = [int(np.count_nonzero(kept[part])) for _, part in self.parts()]
         return replace(
             self,
@@ -141,15 +171,13 @@ class SampleTable:
         return numbers
 
     def first_of_row(self) -> Int[np.ndarray, "samples"]:
-        """For each sample the first one made of the same row of data: of a conversation that had to be split, a tree.
-
-        Rows are told apart by their lines. In `.json` files many may share one: there every sample stands for itself.
-        """
+        """For each sample the first one made of the same record: of a conversation that had to be split, a ranking, a
+        tree."""
         own = np.arange(len(self), dtype=index_dtype(len(self)))
         begins = np.ones(len(self), bool)
         for cache, part in self.parts():
-            if not cache.path.lower().endswith(_LISTS):
-                begins[part][1:] = np.diff(cache.lines[self.index[part]]) != 0
+            records = np.cumsum(cache.begins, dtype=index_dtype(cache.num_samples))
+            begins[part][1:] = np.diff(records[self.index[part]]) != 0
         return np.maximum.accumulate(np.where(begins, own, 0))
 
     def _cache(self, sample: int) -> int:
@@ -193,7 +221,7 @@ def sample_table(
         limit = sources[key].limit
         if limit is not None and len(table) > limit:
             dropped[key][OVER_LIMIT] = len(table) - limit
-            table = table.take(_lowest(random_stream("limit", seed=seed, source=number), table.numbers(), limit))
+            table = table.take(within_limit(table.numbers(), limit, seed=seed, source=number))
         tables.append(table)
     table = _stack(tables)
     del tables
@@ -214,7 +242,7 @@ _Columns = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Number in the cache, length and trained tokens of each sample."""
 
 
-def _places(cache: TokenCache, number: int, max_length: int, keep_end: bool) -> list[slice]:
+def segment_places(cache: TokenCache, number: int, max_length: int, keep_end: bool) -> list[slice]:
     """Where a sample's segments lie in the cache: one, or the two sides of a pair, each truncated."""
     start, end, split = int(cache.offsets[number]), int(cache.offsets[number + 1]), int(cache.splits[number])
     borders = (start, start + split, end) if split else (start, end)
@@ -224,26 +252,35 @@ def _places(cache: TokenCache, number: int, max_length: int, keep_end: bool) -> 
     ]
 
 
-def _usable(cache: TokenCache, max_length: int, truncation: str, dropped: Counter[str]) -> _Columns:
-    """The cache's samples, truncated, that have a token to train on (pairs: on each side); adds to `dropped` why the
-    others have not."""
+def unusable(
+    cache: TokenCache, max_length: int, truncation: str
+) -> tuple[Int8[np.ndarray, "samples"], Int[np.ndarray, "samples"]]:
+    """Of each sample of a cache the reason (a place in `UNUSABLE`) for which it is no use, -1 for none; and how many of
+    its tokens are trained once it is truncated. Of a pair each side must have some."""
     whole = np.diff(cache.offsets)
-    first = np.array(cache.splits, np.int64)
-    second = whole - first  # all of a single sample
-    over_long = (first > max_length) | (second > max_length)
-    lengths = np.minimum(first, max_length) + np.minimum(second, max_length)
+    over_long = np.maximum(cache.splits, whole - cache.splits) > max_length
     trained = np.array(cache.trained)
-    kept = trained > 0
-    dropped[UNTRAINED] += len(kept) - int(np.count_nonzero(kept))
+    reasons = np.full(len(trained), -1, np.int8)
+    reasons[trained == 0] = UNUSABLE.index(UNTRAINED)
     if truncation == "drop":
-        dropped[TOO_LONG] += int(np.count_nonzero(kept & over_long))
-        kept &= ~over_long
-    for sample in np.flatnonzero(kept & over_long).tolist():  # about 1 us each
-        places = _places(cache, sample, max_length, truncation == "keep_end")
+        reasons[over_long & (reasons < 0)] = UNUSABLE.index(TOO_LONG)
+    for sample in np.flatnonzero(over_long & (reasons < 0)).tolist():  # about 1 us each
+        places = segment_places(cache, sample, max_length, truncation == "keep_end")
         counts = [np.count_nonzero(cache.loss_weights[place.start + 1 : place.stop]) for place in places]
         trained[sample] = sum(counts) if all(counts) else 0
-    dropped[TRUNCATED_AWAY] += int(np.count_nonzero(kept & (trained == 0)))
-    kept &= trained > 0
+    reasons[(trained == 0) & (reasons < 0)] = UNUSABLE.index(TRUNCATED_AWAY)
+    return reasons, trained
+
+
+def _usable(cache: TokenCache, max_length: int, truncation: str, dropped: Counter[str]) -> _Columns:
+    """The cache's samples, truncated, that have a token to train on; adds to `dropped` why the others have not."""
+    reasons, trained = unusable(cache, max_length, truncation)
+    for number, reason in enumerate(UNUSABLE):
+        dropped[reason] += int(np.count_nonzero(reasons == number))
+    kept = reasons < 0
+    first = np.array(cache.splits, np.int64)
+    second = np.diff(cache.offsets) - first  # all of a single sample
+    lengths = np.minimum(first, max_length) + np.minimum(second, max_length)
     return np.flatnonzero(kept).astype(np.int32), lengths[kept].astype(np.int32), trained[kept]
 
 
@@ -324,9 +361,12 @@ def count_by_source(table: SampleTable, marked: Bool[np.ndarray, "samples"]) -> 
     return [int(np.count_nonzero(marked[start:end])) for start, end in pairwise(bounds)]
 
 
-def _lowest(stream: np.random.Philox, numbers: Int[np.ndarray, "samples"], count: int) -> Bool[np.ndarray, "samples"]:
-    """Marks `count` samples: those whose lots, drawn by their numbers, are the lowest."""
+def within_limit(
+    numbers: Int[np.ndarray, "samples"], limit: int, *, seed: int, source: int
+) -> Bool[np.ndarray, "samples"]:
+    """Marks the `limit` samples of a source that are used: those whose lots, drawn by their `numbers`, are lowest."""
+    stream = random_stream("limit", seed=seed, source=source)
     lots = stream.random_raw(int(numbers.max(initial=-1)) + 1)[numbers]
     marked = np.zeros(len(numbers), bool)
-    marked[sorting_order(lots)[:count]] = True
+    marked[sorting_order(lots)[:limit]] = True
     return marked

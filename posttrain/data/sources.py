@@ -10,8 +10,10 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,8 @@ from posttrain.data.cache import TokenCache
 from posttrain.data.chat import Sample, encode_rows
 from posttrain.data.files import SUFFIXES, BadRow, Part, Record, RecordFile, open_records, read_records
 from posttrain.data.fileversion import FileVersion
-from posttrain.data.formats import read_rows, to_rows
+from posttrain.data.formats import read_record, read_rows
+from posttrain.data.labelled import encode_labelled
 from posttrain.data.pairs import RowsKind, encode_pairs
 from posttrain.data.progress import TokenizingReport
 from posttrain.data.rows import Row
@@ -41,6 +44,8 @@ PART_BYTES = 4 << 20
 _BATCH_ROWS = 256
 _SHOWN_BAD_ROWS = 20
 _REJECTS = "rejects.jsonl"
+ENCODERS = {"single": encode_rows, "pairs": encode_pairs, "labelled": encode_labelled}
+"""Rows to samples, by what an objective is trained on."""
 _NOT_CONTENT = {"path", "weight", "repeat", "limit"}
 """Fields of a source that change nothing of what its rows become."""
 
@@ -173,7 +178,7 @@ class _FileJob:
     ):
         self.path = path
         self._source, self._tokenizer, self._loss_on, self._part_bytes = source, tokenizer, loss_on, part_bytes
-        self._encode = encode_rows if rows == "single" else encode_pairs
+        self._encode = ENCODERS[rows]
         self._version = FileVersion.of(path)
         self.size = self._version.size
         self.facts = {
@@ -214,20 +219,30 @@ class _FileJob:
         self._version.check_unchanged()
 
     def _block(self, records: Sequence[Record | BadRow]) -> Block:
-        made = [[record] if isinstance(record, BadRow) else to_rows(record, self._source) for record in records]
-        rows = [row for of_record in made for row in of_record]
-        encoded = self._encode([row for row in rows if isinstance(row, Row)], self._tokenizer, self._loss_on)
+        made: list[tuple[Sequence[Row | BadRow], Mapping[str, int]]] = [
+            ([record], {}) if isinstance(record, BadRow) else read_record(record, self._source) for record in records
+        ]
+        rows = [(number, row) for number, (of_record, _) in enumerate(made) for row in of_record]
+        good = [(number, row) for number, row in rows if isinstance(row, Row)]
+        bad = [(number, row) for number, row in rows if isinstance(row, BadRow)]
         samples: list[Sample] = []
-        bad = [row for row in rows if isinstance(row, BadRow)]
-        for outcome in encoded:
+        last = -1
+        encoded = self._encode([row for _, row in good], self._tokenizer, self._loss_on)
+        for (number, _), outcome in zip(good, encoded, strict=True):
             if isinstance(outcome, BadRow):
-                bad.append(outcome)
-            else:
-                samples.extend(outcome)
-        bad.sort(key=lambda row: row.line)
-        rejects = [{"line": row.line, "key": row.key, "reason": row.reason} for row in bad]
-        left_out = sum(not of_record for of_record in made)
-        return Block.of(samples, rejects, rows=len(records), left_out=left_out)
+                bad.append((number, outcome))
+                continue
+            for sample in outcome:
+                samples.append(replace(sample, begins=False) if number == last else sample)
+                last = number
+        alike = {(number, row.key, row.reason): row for number, row in bad}  # all pairs of a ranking may fail alike
+        rejects = [
+            {"line": row.line, "key": row.key, "reason": row.reason}
+            for row in sorted(alike.values(), key=lambda row: row.line)
+        ]
+        left_out = sum(not of_record for of_record, _ in made)
+        notes = sum((Counter(of) for _, of in made if of), Counter())
+        return Block.of(samples, rejects, rows=len(records), left_out=left_out, notes=notes)
 
 
 # ---- bad rows -------------------------------------------------------------------------------------------------------

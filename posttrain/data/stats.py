@@ -59,7 +59,7 @@ class SourceStats:
     rows: int
     """Records read, bad ones included."""
     left_out: int
-    """Records that the source's options leave out."""
+    """Records that give nothing, though nothing is wrong with them."""
     bad_rows: int
     """Records of which no sample could be made."""
     samples: int
@@ -74,7 +74,7 @@ class SourceStats:
     duplicates: int
     """Samples exactly like an earlier one of any source, dropped or not."""
     notes: Mapping[str, int]
-    """What is remarkable about samples, by how many."""
+    """What is remarkable about samples, and about what is left out, by how many."""
     heldout: int = 0
     """Kept samples that are held out."""
     epoch: EpochUse | None = None
@@ -115,9 +115,13 @@ def _nothing_left(source: SourceStats, faulty: Counter[str]) -> str:
             f"{_helps(faulty)}"
         )
     why = [f"{source.bad_rows} are bad"] if source.bad_rows else []
-    why += [f"{source.left_out} are left out by the source's options"] if source.left_out else []
+    why += [f"{source.left_out} are left out{_noted(source)}"] if source.left_out else []
     gone = f"of {source.rows} rows {' and '.join(why)}" if why else "it has no rows"
     return f"{source.key}: {source.path} gives no sample: {gone}"
+
+
+def _noted(source: SourceStats) -> str:
+    return f" ({', '.join(f'{count} {note}' for note, count in source.notes.items())})" if source.notes else ""
 
 
 def _reasons(counts: Counter[str]) -> str:
@@ -137,7 +141,7 @@ def log_source(source: SourceStats) -> None:
         hint = "" if source.epoch is None else " (data.drop_duplicates would use them once)"
         lost.append(f"{source.duplicates} {DUPLICATE}{hint}")
     told = [f"{count} left out, {reason}" for reason, count in source.dropped.items() if reason not in FIXES]
-    told += [f"{source.left_out} rows left out by its options"] if source.left_out else []
+    told += [f"{source.left_out} rows left out"] if source.left_out else []
     told += [f"{count} x {note}" for note, count in source.notes.items()]
     told += [f"{source.heldout} held out"] if source.heldout else []
     log.log(

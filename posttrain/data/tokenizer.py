@@ -131,7 +131,7 @@ class Tokenizer:
         return frozenset(self.added_tokens.values())
 
     @cached_property
-    def _special_ids(self) -> frozenset[int]:
+    def special_ids(self) -> frozenset[int]:
         """Those of `added_ids` that are no text, but control what it is."""
         return frozenset(id for id, token in self._backend.get_added_tokens_decoder().items() if token.special)
 
@@ -280,7 +280,7 @@ class Tokenizer:
         and where it is ordinary text that is one token (`</tool_call>`): it ends no generation.
         """
         stop = self._closing(text, start)
-        return stop if stop is not None and (stop[1] in self._special_ids or stop[1] in self.stop_ids) else None
+        return stop if stop is not None and (stop[1] in self.special_ids or stop[1] in self.stop_ids) else None
 
     def _closing(self, text: str, start: int) -> tuple[int, int] | None:
         """`stop_at_end`, whatever the token may be."""
@@ -306,10 +306,11 @@ class Tokenizer:
 
     # ---- export -------------------------------------------------------------------------------------------------
 
-    def save(self, directory: str | os.PathLike[str]) -> None:
+    def save(self, directory: str | os.PathLike[str], *, pad_id: int | None = None) -> None:
         """Write tokenizer.json, tokenizer_config.json, special_tokens_map.json and chat_template.jinja.
 
-        `transformers` loads them back (4 and 5 alike) with the same ids and rendering.
+        `transformers` loads them back (4 and 5 alike) with the same ids and rendering. `pad_id` is the token
+        that pads; default: the tokenizer's own.
         """
         target = epath.Path(directory)
         target.mkdir(parents=True, exist_ok=True)
@@ -320,6 +321,8 @@ class Tokenizer:
             extra = config.pop("extra_special_tokens", None)
             if extra:  # transformers 4 reads a list under this name only
                 config["additional_special_tokens"] = special["additional_special_tokens"] = list(extra)
+            if pad_id is not None and pad_id != self.pad_id:
+                config["pad_token"] = special["pad_token"] = self._hf.convert_ids_to_tokens(pad_id)
             for key in ("backend", "is_local", "local_files_only"):  # how this process loaded it
                 config.pop(key, None)
             if config.get("tokenizer_class") == "TokenizersBackend":  # transformers 5's name, unknown to 4

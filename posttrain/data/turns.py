@@ -18,6 +18,7 @@ from itertools import product
 from typing import Any
 
 from posttrain.data.files import BadRow
+from posttrain.data.messages import says_something
 from posttrain.data.rows import Row
 from posttrain.data.template import RESERVED_KWARGS, before_thinking, closes_thinking, starts_thinking
 from posttrain.data.tokenizer import RenderError, Tokenizer
@@ -156,7 +157,7 @@ def _turn(row: Row, index: int, weight: float, text: str, tokenizer: Tokenizer) 
 def _assistant_turn(row: Row, index: int, weight: float, upto: str, text: str, tokenizer: Tokenizer) -> _Turn:
     """From behind the generation prompt of the assistant turn `index` through its stop token."""
     key, message, notes = row.message_key(index), row.messages[index], ()
-    if not any(_says_something(message.get(part)) for part in ("content", "reasoning_content", "tool_calls")):
+    if not says_something(message):
         reason = "is empty: the model would learn to say nothing; fix: leave the turn out, or the row"
         raise BadRow(row.file, row.line, f"{key}.content", reason)
     prompts = _generation_prompts(row, tokenizer, index, upto)
@@ -342,10 +343,6 @@ def _check_thinking(row: Row, index: int, trained: str) -> None:
     if any(piece not in trained for piece in pieces):
         reason = "the chat template leaves the thinking out of this turn; fix: another chat template"
         raise BadRow(row.file, row.line, f"{row.message_key(index)}.content", reason)
-
-
-def _says_something(value: Any) -> bool:
-    return bool(value.strip()) if isinstance(value, str) else bool(value)
 
 
 # ---- rendering ------------------------------------------------------------------------------------------------------

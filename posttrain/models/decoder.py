@@ -14,7 +14,17 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from posttrain.models.attention import attention, cached_attention
-from posttrain.models.layers import Embedding, GatedMLP, Head, Linear, RMSNorm, RopeConfig, apply_rope, rope_angles
+from posttrain.models.layers import (
+    Embedding,
+    GatedMLP,
+    Head,
+    Linear,
+    RMSNorm,
+    RopeConfig,
+    ScoreHead,
+    apply_rope,
+    rope_angles,
+)
 from posttrain.parallel.sharding import constrain, flatten, unflatten
 from posttrain.records import Batch, Leaf, Params
 
@@ -42,6 +52,8 @@ class DecoderConfig:
     attention_bias: bool = False
     mlp_bias: bool = False
     hidden_act: str = "silu"
+    num_labels: int = 0
+    """0: a language model. 1: a reward model, which has a score (`score_head`) and no vocabulary projection."""
 
     @property
     def padded_vocab_size(self) -> int:
@@ -131,17 +143,25 @@ class Decoder(nnx.Module):
 
         self.layers = stack(rngs)
         self.final_norm = RMSNorm(c.hidden_size, c.rms_norm_eps, rngs=rngs, dtype=dtype)
-        self.lm_head = (
-            None if c.tie_word_embeddings else Head(c.padded_vocab_size, c.hidden_size, rngs=rngs, dtype=dtype)
-        )
+        untied = not (c.tie_word_embeddings or c.num_labels)
+        self.lm_head = Head(c.padded_vocab_size, c.hidden_size, rngs=rngs, dtype=dtype) if untied else None
+        self.score = ScoreHead(c.num_labels, c.hidden_size, rngs=rngs, dtype=dtype) if c.num_labels else None
 
     @property
     def vocab_size(self) -> int:
         return self.config.vocab_size
 
     def head(self) -> Float[Array, "V D"]:
-        """The output embedding; rows beyond `vocab_size` are padding."""
+        """The output embedding; rows beyond `vocab_size` are padding. Raises `ValueError` for a reward model."""
+        if self.score is not None:
+            raise ValueError("a reward model has no vocabulary projection")
         return self.embed.embedding[...] if self.lm_head is None else self.lm_head.kernel[...]
+
+    def score_head(self) -> Float[Array, "1 D"]:
+        """What hidden states are scored with. Raises `ValueError` for a language model."""
+        if self.score is None:
+            raise ValueError("a language model has no score head")
+        return self.score.kernel[...]
 
     def _angles(
         self, positions: Int[Array, "B T"], lengths: Int[Array, "B T"]

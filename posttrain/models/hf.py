@@ -23,6 +23,7 @@ from jaxtyping import Array, Shaped
 from posttrain import models
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.errors import UserError, UserErrors
+from posttrain.models import classifier
 from posttrain.models.decoder import DecoderConfig
 from posttrain.models.embeddings import NewRows, mean_row
 from posttrain.models.weights import (
@@ -146,7 +147,9 @@ def load_config(model_dir: str | os.PathLike[str]) -> tuple[DecoderConfig, dict[
         raise UserError(f"{path}: missing; a Hugging Face model directory has it")
     raw = read_json(path)
     try:
-        return find_family(raw.get("model_type")).config_from_hf(raw), raw
+        labels = int(classifier.is_reward_model(raw))
+        config = find_family(raw.get("model_type")).config_from_hf(classifier.as_causal(raw))
+        return replace(config, num_labels=labels), raw
     except UserErrors as error:
         raise UserErrors([f"{path}: {problem}" for problem in error.problems]) from error
     except UserError as error:
@@ -163,7 +166,8 @@ def load_params(
     model_dir: str | os.PathLike[str], config: DecoderConfig, abstract: Params, new_rows: NewRows | None = None
 ) -> Params:
     """Reads weights into `abstract`: a nested dict of `jax.ShapeDtypeStruct`, whose dtypes and shardings (default: the
-    first local device) the result has.
+    first local device) the result has. The files of a language model serve a `config` with a score head too: the score
+    is zeros then (`ScoreHead` says why), and their vocabulary projection is not read.
 
     Each device's part is read by slices, once where several devices hold the same, so the host holds about its
     devices' share of one parameter at a time. Vocabulary padding is zero; `new_rows`, by which the vocabulary of
@@ -172,8 +176,8 @@ def load_params(
     of this config.
     """
     model_dir = Path(model_dir)
-    family, stored = _stored_config(model_dir, config)
-    table = {w.path: w for w in family.WEIGHTS if w.when(config)}
+    family, stored, held = _stored(model_dir, config)
+    table = {w.path: w for w in _table(family, config) if w.when(config)}
     leaves = flatten(abstract)
     shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
     if shapes != {path: weight.shape(config) for path, weight in table.items()}:
@@ -182,34 +186,43 @@ def load_params(
     if not new_rows.mask(stored.vocab_size, config.vocab_size).all():
         raise ValueError(f"the files have {stored.vocab_size} of {config.vocab_size} rows, and not all others are new")
     reader = CheckpointReader(model_dir)
-    names = _check_tensors(reader, family, stored)
+    names = _check_tensors(reader, family, stored, held)
     return unflatten({path: _load(reader, names, table[path], stored, leaf, new_rows) for path, leaf in leaves.items()})
 
 
 def check_weights(model_dir: str | os.PathLike[str], config: DecoderConfig) -> None:
     """Raises `UserErrors` that list tensors that are missing, extra or misshapen; reads headers only."""
-    family, stored = _stored_config(Path(model_dir), config)
-    _check_tensors(CheckpointReader(Path(model_dir)), family, stored)
+    family, stored, held = _stored(Path(model_dir), config)
+    _check_tensors(CheckpointReader(Path(model_dir)), family, stored, held)
 
 
-def _stored_config(model_dir: Path, config: DecoderConfig) -> tuple[Family, DecoderConfig]:
-    """The family, and the config with the vocabulary of the files, which that of a run may exceed."""
-    raw = read_json(model_dir / "config.json")
+def _stored(model_dir: Path, config: DecoderConfig) -> tuple[Family, DecoderConfig, list[Weight]]:
+    """The family, the config with the vocabulary of the files, which that of a run may exceed, and what is read of
+    them: all but a score that they do not have."""
+    stored, raw = load_config(model_dir)
     family = find_family(raw.get("model_type"))
-    return family, replace(config, vocab_size=min(config.vocab_size, family.config_from_hf(raw).vocab_size))
+    held = [w for w in _table(family, config) if w is not classifier.SCORE or stored.num_labels]
+    return family, replace(config, vocab_size=min(config.vocab_size, stored.vocab_size)), held
 
 
-def _check_tensors(reader: CheckpointReader, family: Family, config: DecoderConfig) -> dict[str, str]:
+def _table(family: Family, config: DecoderConfig) -> tuple[Weight, ...]:
+    return classifier.weight_table(family.WEIGHTS, family.TIED[0], config)
+
+
+def _check_tensors(
+    reader: CheckpointReader, family: Family, config: DecoderConfig, held: Sequence[Weight]
+) -> dict[str, str]:
     """Name in the table -> name in the files. Raises `UserErrors` unless they are those of the config."""
-    expected = stored_tensors(family.WEIGHTS, config)
+    expected = stored_tensors(held, config)
     sizes = dim_sizes(config)
     layers = range(config.num_hidden_layers)
     ignored = {name.format(layer=layer) for name in family.IGNORED for layer in layers}
     headless = not any(name.startswith(family.BASE_PREFIX) for name in reader.shapes)
     head, embedding = family.TIED
+    ignored |= {head} if config.num_labels else set()
     names = {}
     for stored in reader.shapes:
-        name = family.BASE_PREFIX + stored if headless and stored != head else stored
+        name = family.BASE_PREFIX + stored if headless and stored not in (head, classifier.SCORE.name) else stored
         if name not in ignored:
             names[name] = stored
     problems = [
@@ -260,6 +273,8 @@ def _load(
 
     def read(spans: Sequence[tuple[int, int]]) -> np.ndarray:
         out = np.zeros([high - low for low, high in spans], leaf.dtype)
+        if weight is classifier.SCORE and weight.name not in names:
+            return out  # a new one
         if not weight.stacked:
             fill(out, names[weight.name], spans)
             return out
@@ -314,10 +329,15 @@ def export_hf(
     name = str(recorded).removeprefix("torch.") if dtype == "original" else dtype
     if name not in WRITABLE_DTYPES:
         raise UserError(f"export dtype: {name!r} is not served; served: original, {', '.join(WRITABLE_DTYPES)}")
-    written = _with_stops(_exported_config(family.config_to_hf(config, raw_config), name), tokenizer)
+    hf_config, pad_id = family.config_to_hf(config, classifier.as_causal(raw_config)), None
+    if config.num_labels:
+        causal = hf_config.get("architectures") or family.config_to_hf(config, None)["architectures"]
+        pad_id = classifier.pad_id(tokenizer)
+        hf_config = classifier.exported_config(hf_config, raw_config, causal, pad_id)
+    written = _with_stops(_exported_config(hf_config, name), tokenizer)
     generation = _with_stops(dict(generation_config or _ids_of(raw_config)), tokenizer)
     _agree_free(target)
-    tensors = stored_tensors(family.WEIGHTS, config)
+    tensors = stored_tensors(_table(family, config), config)
     sizes = dim_sizes(config)
     shapes = {stored: weight.stored_shape(sizes) for stored, (weight, _) in tensors.items()}
 
@@ -331,7 +351,7 @@ def export_hf(
         with new_directory(target) as temporary:
             write_checkpoint(temporary, shapes, np.dtype(name), tensor, max_shard_bytes)
             if tokenizer is not None:
-                tokenizer.save(temporary)
+                tokenizer.save(temporary, pad_id=pad_id)
             write_json(temporary / "generation_config.json", generation)
             write_json(temporary / "config.json", written)
     if jax.process_count() > 1:

@@ -94,6 +94,14 @@ class Head(nnx.Module):
         self.kernel = parameter(rngs, [vocab, size], ["vocab", "embed"], "normal", dtype)
 
 
+class ScoreHead(nnx.Module):
+    """Scores in place of logits, `[C, D]`. Zeros at first: a reward model starts from equal scores, so from a loss of
+    log 2, and has no random projection to unlearn; its first gradient is what tells the hidden states apart."""
+
+    def __init__(self, labels: int, size: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
+        self.kernel = parameter(rngs, [labels, size], ["labels", "embed"], "zeros", dtype)
+
+
 class GatedMLP(nnx.Module):
     """`down(act(gate(x)) * up(x))` (Shazeer 2020)."""
 

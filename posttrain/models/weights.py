@@ -125,6 +125,7 @@ def dim_sizes(config: DecoderConfig) -> dict[str, int]:
         "H": config.head_dim,
         "F": config.intermediate_size,
         "V": config.vocab_size,
+        "C": config.num_labels,
     }
 
 

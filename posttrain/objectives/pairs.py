@@ -10,53 +10,65 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from posttrain.objectives.logps import batch_stats
-from posttrain.records import Batch, Metric, Model, PairLogps, PolicyPairs
+from posttrain.records import Batch, Head, Metric, Metrics, Model, PairLogps, PolicyPairs, Scalars
 
 PairLoss = Callable[[Any], Float[Array, "P"]]
 """The loss of each pair; takes `PairLogps` or `PolicyPairs`."""
 
 
 class PreferenceObjective:
-    """The mean of a loss over all pairs of the global batch; with `sft_weight`, plus that many times the negative
-    log-likelihood of the chosen answers, averaged over their tokens."""
+    """A weighted sum of losses, each a mean over all pairs of the global batch; with `sft_weight`, plus that many times
+    the negative log-likelihood of the chosen answers, averaged over their tokens."""
 
-    rows: Literal["single", "pairs"] = "pairs"
+    rows: Literal["single", "pairs", "labelled"] = "pairs"
+    mismatched: bool = False
+    head: Head = "lm"
+    needs_statistics: bool = False
 
     def __init__(
-        self, loss: PairLoss, *, needs_reference: bool, whole_batch: bool, reward_scale: float, sft_weight: float = 0.0
+        self,
+        losses: Mapping[str, PairLoss],
+        loss_weights: Mapping[str, float],
+        *,
+        needs_reference: bool,
+        whole_batch: bool,
+        reward_scale: float,
+        sft_weight: float = 0.0,
     ):
-        """`reward_scale` is what log-ratios are multiplied with to be logged as rewards: the loss's beta."""
+        """`reward_scale` is what log-ratios are multiplied with to be logged as rewards: the losses' beta."""
         self.needs_reference, self.whole_batch = needs_reference, whole_batch
-        self._loss, self._scale = loss, reward_scale
-        terms = {"preference": 1.0} | ({"sft": sft_weight} if sft_weight else {})
+        self._losses, self._scale = losses, reward_scale
+        terms = {name: loss_weights[name] for name in losses} | ({"sft": sft_weight} if sft_weight else {})
         self.coefficients: Mapping[str, float] = MappingProxyType(terms)
 
-    def weights(self, batch: Batch) -> dict[str, Float[Array, ""]]:
-        weights = {"preference": jnp.sum((batch.sides == 1).astype(jnp.float32))}
+    def weights(self, batch: Batch) -> Scalars:
+        weights = dict.fromkeys(self._losses, jnp.sum((batch.sides == 1).astype(jnp.float32)))
         if "sft" in self.coefficients:
             weights["sft"] = jnp.sum(jnp.where(_is_chosen(batch), jnp.asarray(batch.loss_weights), 0.0))
         return weights
 
-    def terms(self, model: Model, batch: Batch) -> tuple[dict[str, Float[Array, ""]], dict[str, Metric]]:
+    def statistics(self, model: Model, batch: Batch) -> dict[str, Metric]:
+        return {}
+
+    def terms(self, model: Model, batch: Batch, statistics: Scalars | None = None) -> tuple[Scalars, Metrics]:
         weights = jnp.asarray(batch.loss_weights)
         trained = weights > 0
         stats = batch_stats(model, batch, needed=trained)
         pairs = pairs_of(batch, stats.logps)
-        losses = jnp.where(pairs.present > 0, self._loss(pairs), 0.0)
-        terms = {"preference": jnp.sum(losses)}
+        terms = {name: jnp.sum(jnp.where(pairs.present > 0, loss(pairs), 0.0)) for name, loss in self._losses.items()}
         if "sft" in self.coefficients:
             terms["sft"] = -jnp.sum(jnp.where(_is_chosen(batch), weights * stats.logps, 0.0))
-        chosen, ones = _is_chosen(batch) & trained, trained.astype(jnp.float32)
+        chosen = _is_chosen(batch) & trained
         rejected = trained & ~chosen
-        metrics = {
+        metrics: Metrics = {
             **self._pair_metrics(pairs),
-            "logits/chosen": _mean(stats.mean_logit, chosen),
-            "logits/rejected": _mean(stats.mean_logit, rejected),
-            "entropy": Metric(jnp.sum(stats.entropy), jnp.sum(ones)),
-            "mean_token_accuracy": _mean(stats.correct, chosen),
+            "logits/chosen": masked_mean(stats.mean_logit, chosen),
+            "logits/rejected": masked_mean(stats.mean_logit, rejected),
+            "entropy": masked_mean(stats.entropy, trained),
+            "mean_token_accuracy": masked_mean(stats.correct, chosen),
         }
         return terms, metrics
 
@@ -85,7 +97,7 @@ def pairs_of(batch: Batch, logps: Float[Array, "B T"]) -> PolicyPairs:
     ids = jnp.asarray(batch.segment_ids)
 
     def sides(values: Float[Array, "B T"]) -> tuple[Float[Array, "P"], Float[Array, "P"]]:
-        sums = _segment_sums(values, ids, slots)
+        sums = segment_sums(values, ids, slots)
         return sums[:, 0::2].reshape(-1), sums[:, 1::2].reshape(-1)
 
     chosen, rejected = sides(weights * logps)
@@ -104,7 +116,7 @@ def pairs_of(batch: Batch, logps: Float[Array, "B T"]) -> PolicyPairs:
     return PairLogps(**fields, ref_chosen=ref_chosen, ref_rejected=ref_rejected)
 
 
-def _segment_sums(values: Float[Array, "B T"], ids: Int[Array, "B T"], slots: int) -> Float[Array, "B S"]:
+def segment_sums(values: Float[Array, "B T"], ids: Int[Array, "B T"], slots: int) -> Float[Array, "B S"]:
     """Sums over the tokens of each segment 1..S."""
     sums = jax.vmap(lambda row, of: jax.ops.segment_sum(row, of, num_segments=slots + 1))(values, ids)
     return sums[:, 1:]
@@ -115,5 +127,6 @@ def _is_chosen(batch: Batch) -> Any:
     return jnp.asarray(batch.segment_ids) % 2 == 1
 
 
-def _mean(values: Float[Array, "B T"], where: Any) -> Metric:
+def masked_mean(values: Float[Array, "B T"], where: Bool[Array, "B T"]) -> Metric:
+    """The mean of the values where it is true."""
     return Metric(jnp.sum(jnp.where(where, values, 0.0)), jnp.sum(where.astype(jnp.float32)))

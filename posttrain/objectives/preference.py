@@ -1,9 +1,11 @@
-"""Losses over pairs of answers, each one pure function of the pairs' log-probabilities: one loss a pair.
+"""Losses over pairs of answers, and over labelled ones, each one pure function of their log-probabilities: one loss a
+pair or answer.
 
 The name of a function is the name of the loss in a config, its keyword-only parameters are the keys beside the name,
-and their annotations the limits of these. A function of `PairLogps` needs a reference model, one of `PolicyPairs` does
-not. The objective sums what they return over the pairs that are present and divides by their number in the global
-batch; the term on the chosen answers alone that some papers add (`sft`) is another term of that sum.
+and their annotations the limits of these. A function of `PairLogps` or of `LabelledLogps` (single answers) needs a
+reference model, one of `PolicyPairs` does not. The objective sums what they return over the pairs or answers that are
+present and divides by their number in the global batch; the term on the chosen answers alone that some papers add
+(`sft`) is another term of that sum.
 
 Definitions, parameter names and defaults are those of TRL. In the formulas c and r are the log-ratios of the chosen and
 the rejected answer, log pi(y|x) - log pi_ref(y|x), |y| is the number of trained tokens and s the logistic function.
@@ -12,6 +14,7 @@ Where no pair is present a loss is finite, without gradient, and has no influenc
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Annotated, Literal, TypeVar
 
 import jax
@@ -19,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32
 from pydantic import Field
 
-from posttrain.records import PairLogps, PolicyPairs
+from posttrain.records import LabelledLogps, PairLogps, PolicyPairs
 
 Beta = Annotated[
     float, Field(gt=0, description="Scale of the rewards: the larger, the less the model leaves the reference.")
@@ -35,9 +38,17 @@ AlphaDivergence = Annotated[
     float, Field(description="alpha of alpha_divergence: 1 is the reverse KL, 0 the forward KL; not used elsewhere.")
 ]
 TargetMargin = Annotated[float, Field(ge=0, description="gamma: by how much the chosen reward should be the larger.")]
+LabelWeight = Annotated[
+    float,
+    Field(
+        gt=0,
+        description="Factor of the losses of answers with this label; best if desirable_weight x desirable answers is "
+        "1 to 4/3 of undesirable_weight x undesirable ones (section 4.2 of the paper).",
+    ),
+]
 
 Losses = Float32[Array, " P"]
-"""One loss a pair, at the place of the pair."""
+"""One loss a pair or labelled answer, at its place."""
 
 # The largest exponent that is not cut: a difference of two such powers is finite in float32, also times a beta.
 LARGEST_EXPONENT = 80.0
@@ -59,6 +70,12 @@ def with_sft(weight: float) -> Callable[[Loss], Loss]:
         return loss
 
     return mark
+
+
+def with_kl(loss: Loss) -> Loss:
+    """Marks a loss of labelled answers that compares them with the mean log-ratio of answers to other prompts."""
+    vars(loss)["with_kl"] = True
+    return loss
 
 
 # Losses of the difference of two scores, which are the log-ratios or their image under another f-divergence.
@@ -294,6 +311,41 @@ def orpo(pairs: PolicyPairs, *, beta: Beta = 0.1) -> Losses:
     """
     chosen, rejected = _per_token(pairs, pairs.chosen, pairs.rejected)
     return -beta * jax.nn.log_sigmoid(_log_odds(chosen) - _log_odds(rejected))
+
+
+# Losses of single answers that are labelled good or bad.
+
+
+@with_kl
+def kto(
+    answers: LabelledLogps,
+    *,
+    beta: Beta = 0.1,
+    desirable_weight: LabelWeight = 1.0,
+    undesirable_weight: LabelWeight = 1.0,
+) -> Losses:
+    """KTO (arXiv:2402.01306, eq. 7): w_D (1 - s(beta (x - z))) of a desirable answer, w_U (1 - s(beta (z - x))) of an
+    undesirable one, x its log-ratio and z the mean log-ratio of answers to other prompts, not below 0."""
+    gain = beta * jnp.sign(answers.labels) * (answers.logps - answers.ref_logps - answers.kl)
+    weights = jnp.where(answers.labels > 0, desirable_weight, undesirable_weight)
+    return weights * jax.nn.sigmoid(-gain)
+
+
+def apo_zero_unpaired(
+    answers: LabelledLogps,
+    *,
+    beta: Beta = 0.1,
+    desirable_weight: LabelWeight = 1.0,
+    undesirable_weight: LabelWeight = 1.0,
+) -> Losses:
+    """APO-zero of single answers (arXiv:2408.06266): 1 - s(beta x) of a desirable one, s(beta x) of an undesirable
+    one: KTO with z = 0."""
+    return kto(
+        replace(answers, kl=jnp.zeros_like(answers.kl)),
+        beta=beta,
+        desirable_weight=desirable_weight,
+        undesirable_weight=undesirable_weight,
+    )
 
 
 def _present(pairs: PolicyPairs, values: Losses) -> Losses:

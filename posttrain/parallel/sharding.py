@@ -29,6 +29,7 @@ MESH_AXES: dict[str | None, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "vocab": ("tensor",),
+    "labels": (),
     "layers": (),
     "head_size": (),
     "width": (),

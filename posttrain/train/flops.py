@@ -35,11 +35,12 @@ from posttrain.models.decoder import DecoderConfig
 
 
 def matmul_weights(config: DecoderConfig) -> int:
-    """Parameters that a token is multiplied with: attention, MLP and head, without embedding lookup, norms, biases."""
+    """Parameters that a token is multiplied with: attention, MLP and head (of a reward model its score, which
+    reads few tokens and is nothing beside the others), without embedding lookup, norms, biases."""
     c = config
     attention = 2 * c.hidden_size * c.head_dim * (c.num_attention_heads + c.num_key_value_heads)
     mlp = 3 * c.hidden_size * c.intermediate_size
-    return c.num_hidden_layers * (attention + mlp) + c.vocab_size * c.hidden_size
+    return c.num_hidden_layers * (attention + mlp) + (c.num_labels or c.vocab_size) * c.hidden_size
 
 
 def train_flops(config: DecoderConfig, *, tokens: int, attended: int) -> float:

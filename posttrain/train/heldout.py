@@ -4,14 +4,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from posttrain.data.packed import PackedDataset
 from posttrain.parallel.sharding import global_batch, local_rows
-from posttrain.records import Batch, Metric, Params
-from posttrain.train.step import LossSums, Scalars, make_eval_step, make_gradient_step, report
+from posttrain.records import Batch, Difference, Metric, Params, Scalars
+from posttrain.train.step import LossSums, make_eval_step, make_gradient_step, report
 
 
 def global_batches(
@@ -28,9 +27,8 @@ def _add(total: Any, part: Any) -> Any:
     """Adds up sums and combines metrics; `None` is nothing yet."""
     if total is None:
         return part
-    if isinstance(part, Metric):
-        stacked = Metric(jnp.stack([total.total, part.total]), jnp.stack([total.weight, part.weight]), part.reduction)
-        return stacked.over_micro_batches()
+    if isinstance(part, Metric | Difference):
+        return total.plus(part)
     if isinstance(part, dict):
         return {name: _add(total[name], value) for name, value in part.items()}
     return total + part
@@ -45,18 +43,27 @@ class DatasetLoss:
         self._step = jax.jit(make_eval_step(loss))
         self._gradient_step = jax.jit(make_gradient_step(loss))
         self._weights = jax.jit(loss.totals)
+        self._statistics_step = jax.jit(loss.statistics)
 
     def _batches(self, data: PackedDataset) -> Iterator[Batch]:
         """One epoch."""
         for _, batch in global_batches(data, self._mesh, self._rows, stop=data.steps_per_epoch[0]):
             yield self._prepare(batch)
 
+    def _statistics(self, params: Params, data: PackedDataset) -> Scalars:
+        """What the objective must know of the whole set; nothing, for most."""
+        total = None
+        for batch in self._batches(data) if self._loss.objective.needs_statistics else ():
+            total = _add(total, jax.block_until_ready(self._statistics_step(params, batch)))
+        return {name: metric.value() for name, metric in (total or {}).items()}
+
     def __call__(self, params: Params, data: PackedDataset) -> dict[str, float]:
         """`loss`, the terms and the metrics over all rows; every total spans the whole set."""
         sums, totals, metrics = None, None, None
         with jax.set_mesh(self._mesh):
+            statistics = self._statistics(params, data)
             for batch in self._batches(data):
-                parts = jax.block_until_ready(self._step(params, batch))
+                parts = jax.block_until_ready(self._step(params, batch, statistics))
                 sums, totals, metrics = _add(sums, parts[0]), _add(totals, parts[1]), _add(metrics, parts[2])
         return self._report(sums, totals, metrics)
 
@@ -66,9 +73,10 @@ class DatasetLoss:
             totals = None
             for batch in self._batches(data):
                 totals = _add(totals, jax.block_until_ready(self._weights(batch)))
+            statistics = self._statistics(params, data)
             total, sums, metrics = None, None, None
             for batch in self._batches(data):
-                gradients, *parts = jax.block_until_ready(self._gradient_step(params, batch, totals))
+                gradients, *parts = jax.block_until_ready(self._gradient_step(params, batch, totals, statistics))
                 total = _add(total, gradients)
                 sums, metrics = _add(sums, parts[0]), _add(metrics, parts[1])
         assert total is not None

@@ -15,7 +15,7 @@ from posttrain.errors import UserError
 from posttrain.models import hf
 from posttrain.parallel.mesh import barrier
 from posttrain.parallel.sharding import batch_sharding
-from posttrain.records import Batch, Params, TrainState
+from posttrain.records import Batch, Params, Scalars, TrainState
 from posttrain.train.checkpoint import BEST_METRIC, Checkpoints
 from posttrain.train.flops import StepFlops, peak_flops
 from posttrain.train.heldout import DatasetLoss, global_batches
@@ -23,7 +23,7 @@ from posttrain.train.metrics import Console, MetricsLog, Throughput
 from posttrain.train.reference import with_reference
 from posttrain.train.resume import check_resume, check_vocabulary, save_config
 from posttrain.train.setup import Experiment
-from posttrain.train.step import Scalars, make_train_step
+from posttrain.train.step import make_train_step
 from posttrain.train.stop import StopRequest
 
 
@@ -107,6 +107,8 @@ def run(experiment: Experiment) -> RunResult:
         console.note(f"starting at step 0 of {last_step} in {run_dir}")
         if asked := config.tokenizer.add_special_tokens:
             console.note(f"new tokens: {experiment.model.new_rows.describe(asked)}")
+        if experiment.model.new_score:
+            console.note(f"the score head is new, so all scores start at 0: {config.model.path} is a language model")
     else:
         check_vocabulary(run_dir, checkpoints.read_meta(start)["vocabulary"], experiment.model.vocabulary)
         state, meta = checkpoints.restore(start, experiment.abstract_state())
@@ -149,6 +151,7 @@ def run(experiment: Experiment) -> RunResult:
             "num_tokens": tokens_seen,
             "data": data.fingerprint,
             "vocabulary": experiment.model.vocabulary,
+            "head": experiment.loss.objective.head,
             "evaluated": values is not None,
         }
         checkpoints.save(step, state, meta, best)

@@ -81,7 +81,7 @@ def compute(setup: ModelSetup, params: Params, data: PackedDataset, micro_rows: 
         global_batch_size=micro_rows,
         seed=0,
         shuffle=False,
-        pairs=data.slots is not None,
+        rows=data.rows,
     )
     starts = token_starts(data.table)
     values = np.zeros(int(starts[-1]), np.float32)
@@ -133,7 +133,7 @@ def _place(experiment: Experiment, data: PackedDataset, weights: str) -> Path:
         "weights": weights,
         "vocabulary": setup.vocabulary,
         "data": [cache.checksum for cache in table.caches],
-        "samples": [samples, table.bounds, table.max_length, table.keep_end],
+        "samples": [samples, table.bounds, table.max_length, table.keep_end, table.partners is not None],
         "compute": [str(setup.compute_dtype), experiment.config.model.params_dtype, experiment.config.model.attention],
     }
     cache_dir = experiment.config.data.cache_dir

@@ -15,6 +15,7 @@ from posttrain.config import Config
 from posttrain.data.pipeline import Datasets
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.models import hf
+from posttrain.models.classifier import is_reward_model
 from posttrain.models.decoder import AbstractDecoder, Decoder, DecoderConfig
 from posttrain.models.embeddings import NewRows
 from posttrain.parallel.sharding import Placement, flatten, replicated, unflatten
@@ -41,6 +42,11 @@ class ModelSetup:
     def vocabulary(self) -> str:
         """What a checkpoint must agree with beside shapes, as JSON."""
         return json.dumps({"size": self.config.vocab_size, "new_tokens": dict(self.new_rows.tokens)})
+
+    @property
+    def new_score(self) -> bool:
+        """Whether it is a reward model that starts from a language model."""
+        return bool(self.config.num_labels) and not is_reward_model(self.raw_config)
 
     @property
     def new_row_masks(self) -> dict[str, Bool[np.ndarray, "V"]]:

@@ -15,10 +15,8 @@ from jaxtyping import Array, Float
 
 from posttrain.models.decoder import AbstractDecoder
 from posttrain.parallel.sharding import flatten, unflatten
-from posttrain.records import Batch, Metric, Objective, Params, TrainState
+from posttrain.records import Batch, Metric, Metrics, Objective, Params, Scalars, TrainState
 from posttrain.train.optim import Optimizer
-
-Scalars = dict[str, Float[Array, ""]]
 
 
 @dataclass(frozen=True)
@@ -33,10 +31,22 @@ class LossSums:
         """Every term's denominator over all accumulation steps."""
         return jax.tree.map(jnp.sum, jax.vmap(self.objective.weights)(batch))
 
-    def loss(self, params: Params, micro: Batch, totals: Scalars) -> tuple[Float[Array, ""], tuple[Any, Any]]:
+    def statistics(self, params: Params, batch: Batch) -> dict[str, Metric]:
+        """What the terms must know of the whole batch: a forward pass of its own, without gradient."""
+        compute = self.cast(params)
+
+        def of_micro(_: None, micro: Batch) -> tuple[None, dict[str, Metric]]:
+            return None, self.objective.statistics(self.decoder.merge(compute), micro)
+
+        _, stacked = jax.lax.scan(of_micro, None, batch)
+        return {name: metric.over_micro_batches() for name, metric in stacked.items()}
+
+    def loss(
+        self, params: Params, micro: Batch, totals: Scalars, statistics: Scalars | None
+    ) -> tuple[Float[Array, ""], tuple[Any, Any]]:
         """This micro-batch's share of the loss, with the terms' sums and metrics."""
         model = self.decoder.merge(params)
-        sums, metrics = self.objective.terms(model, micro)
+        sums, metrics = self.objective.terms(model, micro, statistics)
         shares = [self.objective.coefficients[name] * _divide(value, totals[name]) for name, value in sums.items()]
         return jnp.sum(jnp.stack(shares)), (sums, metrics)
 
@@ -44,24 +54,28 @@ class LossSums:
         """Parameters in the compute dtype."""
         return jax.tree.map(lambda p: p.astype(self.compute_dtype), params)
 
-    def sums(self, params: Params, batch: Batch) -> tuple[Scalars, dict[str, Metric]]:
+    def sums(self, params: Params, batch: Batch, statistics: Scalars) -> tuple[Scalars, Metrics]:
         """Terms' sums and metrics of a batch, without gradients."""
         compute = self.cast(params)
 
         def micro_sums(_: None, micro: Batch) -> tuple[None, tuple[Any, Any]]:
-            return None, self.objective.terms(self.decoder.merge(compute), micro)
+            return None, self.objective.terms(self.decoder.merge(compute), micro, statistics)
 
         _, stacked = jax.lax.scan(micro_sums, None, batch)
         return _over_micro_batches(stacked)
 
     def gradients(
-        self, trained: Params, frozen: Params, batch: Batch, totals: Scalars
-    ) -> tuple[Params, Scalars, dict[str, Metric]]:
-        """Gradient of the loss in f32, added up over the accumulation steps in one buffer, with sums and metrics."""
+        self, trained: Params, frozen: Params, batch: Batch, totals: Scalars, statistics: Scalars | None
+    ) -> tuple[Params, Scalars, Metrics]:
+        """Gradient of the loss in f32, added up over the accumulation steps in one buffer, with sums and metrics.
+        Without `statistics` the batch is all that they are taken over."""
         compute, rest = self.cast(trained), self.cast(frozen)
+        if statistics is None and self.objective.needs_statistics and batch.tokens.shape[0] > 1:
+            found = self.statistics(merge(trained, frozen), batch)
+            statistics = {name: metric.value() for name, metric in found.items()}
 
         def loss(trained: Params, micro: Batch) -> tuple[Float[Array, ""], tuple[Any, Any]]:
-            return self.loss(merge(trained, rest), micro, totals)
+            return self.loss(merge(trained, rest), micro, totals, statistics)
 
         gradient = jax.grad(loss, has_aux=True)
         if batch.tokens.shape[0] == 1:
@@ -92,12 +106,12 @@ def _divide(value: Float[Array, ""], total: Float[Array, ""]) -> Float[Array, ""
     return jnp.where(total > 0, value / jnp.where(total > 0, total, 1.0), 0.0)
 
 
-def _over_micro_batches(stacked: tuple[dict[str, Any], dict[str, Metric]]) -> tuple[Scalars, dict[str, Metric]]:
+def _over_micro_batches(stacked: tuple[dict[str, Float[Array, "A"]], Metrics]) -> tuple[Scalars, Metrics]:
     sums, metrics = stacked
     return jax.tree.map(jnp.sum, sums), {name: metric.over_micro_batches() for name, metric in metrics.items()}
 
 
-def report(objective: Objective, sums: Scalars, totals: Scalars, metrics: dict[str, Metric]) -> Scalars:
+def report(objective: Objective, sums: Scalars, totals: Scalars, metrics: Metrics) -> Scalars:
     """What to log of one batch: `loss`, each term if there are several, and the metrics' values."""
     terms = {name: _divide(value, totals[name]) for name, value in sums.items()}
     loss = jnp.sum(jnp.stack([objective.coefficients[name] * value for name, value in terms.items()]))
@@ -115,7 +129,7 @@ def make_train_step(loss: LossSums, optimizer: Optimizer) -> Callable[[TrainStat
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Scalars]:
         totals = loss.totals(batch)
         trained, frozen = optimizer.split(state.params)
-        gradients, sums, metrics = loss.gradients(trained, frozen, batch, totals)
+        gradients, sums, metrics = loss.gradients(trained, frozen, batch, totals, None)
         gradients = optimizer.mask_frozen(gradients)
         logged = report(loss.objective, sums, totals, metrics)
         norm = optax.tree.norm(gradients)
@@ -138,20 +152,25 @@ def make_train_step(loss: LossSums, optimizer: Optimizer) -> Callable[[TrainStat
     return train_step
 
 
-def make_eval_step(loss: LossSums) -> Callable[[Params, Batch], tuple[Scalars, Scalars, dict[str, Metric]]]:
-    """`(params, batch [A, B, T]) -> (sums, totals, metrics)`, to be added up over batches by the caller."""
+def make_eval_step(loss: LossSums) -> Callable[[Params, Batch, Scalars], tuple[Scalars, Scalars, Metrics]]:
+    """`(params, batch [A, B, T], statistics) -> (sums, totals, metrics)`, to be added up over batches by the caller."""
 
-    def eval_step(params: Params, batch: Batch) -> tuple[Scalars, Scalars, dict[str, Metric]]:
-        sums, metrics = loss.sums(params, batch)
+    def eval_step(params: Params, batch: Batch, statistics: Scalars) -> tuple[Scalars, Scalars, Metrics]:
+        sums, metrics = loss.sums(params, batch, statistics)
         return sums, loss.totals(batch), metrics
 
     return eval_step
 
 
-def make_gradient_step(loss: LossSums) -> Callable[[Params, Batch, Scalars], tuple[Params, Scalars, dict[str, Metric]]]:
-    """`(params, batch, totals) -> (gradients, sums, metrics)` with totals that may span several batches."""
+def make_gradient_step(
+    loss: LossSums,
+) -> Callable[[Params, Batch, Scalars, Scalars | None], tuple[Params, Scalars, Metrics]]:
+    """`(params, batch, totals, statistics) -> (gradients, sums, metrics)`, the second and third of which may span
+    several batches."""
 
-    def gradient_step(params: Params, batch: Batch, totals: Scalars) -> tuple[Params, Scalars, dict[str, Metric]]:
-        return loss.gradients(params, {}, batch, totals)
+    def gradient_step(
+        params: Params, batch: Batch, totals: Scalars, statistics: Scalars | None
+    ) -> tuple[Params, Scalars, Metrics]:
+        return loss.gradients(params, {}, batch, totals, statistics)
 
     return gradient_step

@@ -23,8 +23,11 @@ def fake_cache(
     notes: Mapping[str, int] | None = None,
     splits: Sequence[int] | None = None,
     margins: Sequence[float] | None = None,
+    labels: Sequence[int] | None = None,
+    begins: Sequence[bool] | None = None,
 ) -> TokenCache:
-    """A cache of these (tokens, loss weights); lines count from 1."""
+    """A cache of these (tokens, loss weights); lines count from 1, and each is a record of its own."""
+    lines = range(1, len(samples) + 1) if lines is None else lines
     tokens = [np.array(ids, np.int32) for ids, _ in samples]
     weights = [np.array(values, np.float32) for _, values in samples]
     trained = [np.flatnonzero(values[1:]) + 1 for values in weights]
@@ -35,12 +38,14 @@ def fake_cache(
         tokens=np.concatenate([np.zeros(0, np.int32), *tokens]),
         loss_weights=np.concatenate([np.zeros(0, np.float32), *weights]),
         offsets=np.cumsum([0, *map(len, tokens)]).astype(np.int64),
-        lines=np.array(range(1, len(samples) + 1) if lines is None else lines, np.int64),
+        lines=np.array(lines, np.int64),
+        begins=np.diff(lines, prepend=-1) != 0 if begins is None else np.array(begins, bool),
         trained=np.array([len(places) for places in trained], np.int32),
         hashes=np.array([_hash(t.tobytes(), w.tobytes()) for t, w in zip(tokens, weights, strict=True)], np.uint64),
         prompt_hashes=np.array([0 if ids is None else _hash(ids.tobytes()) for ids in prompts], np.uint64),
         splits=np.array([0] * len(samples) if splits is None else splits, np.int32),
         margins=np.array([0] * len(samples) if margins is None else margins, np.float32),
+        labels=np.array([0] * len(samples) if labels is None else labels, np.int8),
         rows=len(samples) + left_out + bad_rows,
         left_out=left_out,
         notes=notes or {},

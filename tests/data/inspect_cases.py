@@ -62,3 +62,59 @@ def inspected(directory: Path, options: InspectOptions | None = None, **sections
     if not (directory / "chats.jsonl").exists():
         write_data(directory)
     return inspect_data(make_config(directory, **sections), options or InspectOptions())
+
+
+# ---- answers --------------------------------------------------------------------------------------------------------
+
+BAD_PAIRS = {21: "the same as chosen", 22: "compares pairs"}
+"""Lines of `answers.jsonl` that cannot be used as pairs, and words of the reason."""
+SIDE_CUT, LOST, ALIKE, CONTRADICTED, HOSTILE_PAIR = 23, 24, (5, 25), (7, 26), 27
+"""Lines of a pair whose rejected side is cut, one that loses its answers, two that are alike, two that say the opposite
+of each other, and one with hostile text."""
+
+
+def pair_row(question: str, chosen: str, rejected: str, **of_row: Any) -> dict[str, Any]:
+    """A conversational pair."""
+    turns = {
+        "chosen": [{"role": "assistant", "content": chosen}],
+        "rejected": [{"role": "assistant", "content": rejected}],
+    }
+    return {"prompt": [{"role": "user", "content": question}], **turns, **of_row}
+
+
+def write_pairs(directory: Path) -> list[dict[str, Any]]:
+    """`answers.jsonl`, 27 rows; returned."""
+    rows = [pair_row(f"What is {i}?", f"It is {i}." * (1 + i % 3), f"No 😀 idea {i}." * (1 + i % 2)) for i in range(20)]
+    rows[3]["margin"], rows[4]["margin"] = 0.5, 2.5
+    rows += [pair_row("Equal?", "Same.", "Same."), _chat("No pair?", "No."), pair_row("Cut?", "Short.", "word " * LONG)]
+    rows += [pair_row("word " * LONG, "Lost.", "Gone."), rows[4] | {"margin": 2.5}]
+    rows += [
+        rows[6] | {"chosen": rows[6]["rejected"], "rejected": rows[6]["chosen"]},
+        pair_row("Hostile?", HOSTILE, "No."),
+    ]
+    (directory / "answers.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return rows
+
+
+def write_labelled(directory: Path) -> list[dict[str, Any]]:
+    """`labelled.jsonl`, 24 rows of which 8 are desirable; the last two are one answer under both labels."""
+    rows: list[dict[str, Any]] = []
+    for i in range(22):
+        answer = [{"role": "assistant", "content": f"It is {i}. " * (1 + i % 4)}]
+        rows.append(
+            {"prompt": [{"role": "user", "content": f"What is {i}?"}], "completion": answer, "label": i % 3 == 0}
+        )
+    rows[-1]["label"] = False
+    rows += [rows[1] | {"prompt": [{"role": "user", "content": "Which?"}], "label": label} for label in (True, False)]
+    (directory / "labelled.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return rows
+
+
+def inspected_answers(
+    directory: Path, objective: str, name: str, options: InspectOptions | None = None, **data: Any
+) -> Inspection:
+    """The inspection of one of these files for an objective."""
+    values = {"train": [{"path": str(directory / name)}], "on_bad_row": "skip"} | data
+    section = make_config(directory).data.model_dump() | values
+    config = make_config(directory, objective={"name": objective}, data=section)
+    return inspect_data(config, options or InspectOptions(samples=200))

@@ -181,11 +181,12 @@ def test_every_spelling_of_a_pair(value: dict[str, Any], origin: str, places: li
         margin=2.0,
         origin=origin,
         keys=tuple(places),
+        rejected_keys=(places[0], places[1].replace("chosen", "rejected")),
     )
     assert keys(made) == places
     chosen = row(value, preference="chosen")
     assert (chosen.kind, chosen.messages, chosen.prompt_length) == ("prompt_completion", (USER, ANSWER), 1)
-    assert (chosen.rejected_messages, chosen.margin) == ((), None)
+    assert (chosen.rejected_messages, chosen.rejected_keys, chosen.margin) == ((), (), None)
     assert keys(chosen) == places
 
 
@@ -596,7 +597,8 @@ def test_a_file_of_something_else(tmp_path: Path, count: int) -> None:
     assert str(caught.value) == (
         f"{path}: no row of a known form in {min(count, 1000)} rows; the first, line 1: the row has no known set of "
         "columns: it has title, verses; known: messages | conversations | prompt + completion | text | instruction + "
-        "output | chosen + rejected | prompt + completion + label | prompt + completions + labels | prompt"
+        "output | chosen + rejected | prompt + completion + label | prompt + completions + scores | "
+        "prompt + completions + labels | prompt"
     )
     with pytest.raises(UserError, match=r"line 1: heading: the row has no such column"):
         list(read_rows(path, SourceConfig(columns={"text": "heading"})))

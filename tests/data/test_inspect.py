@@ -12,10 +12,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from posttrain.data.inspect import Inspection, InspectOptions
+from posttrain.data.inspect_lengths import length_histogram
 from posttrain.data.inspect_samples import TRAINED_ON
 from posttrain.data.inspect_summary import (
     headline,
-    length_histogram,
     marks_text,
     notices,
     percent,
@@ -105,11 +105,12 @@ def test_samples_are_what_the_model_sees(inspection: Inspection) -> None:
     assert hf.decode(trained) == f"{HOSTILE}<|im_end|>"
     assert json.loads(hostile.raw)["messages"][1]["content"] == HOSTILE
     cut = by_line[56]
-    assert len(cut.tokens) == MAX_LENGTH and cut.cut_before == 0
+    (part,) = cut.segments
+    assert len(cut.tokens) == MAX_LENGTH and part.cut_before == 0
     whole = f"<|im_start|>user\nCut?<|im_end|>\n<|im_start|>assistant\n{'word ' * 300}<|im_end|>\n"
-    assert cut.cut_behind == len(hf(whole, add_special_tokens=False)["input_ids"]) - MAX_LENGTH
+    assert part.cut_behind == len(hf(whole, add_special_tokens=False)["input_ids"]) - MAX_LENGTH
     assert set(by_line[59].loss_weights.tolist()) == {0.0, 0.5}
-    lost = by_line[57]
+    (lost,) = by_line[57].segments
     assert lost.border == MAX_LENGTH and lost.loss_weights[lost.border :].any() and not lost.cut_behind
 
 
@@ -117,7 +118,8 @@ def test_cut_at_the_start(directory: Path) -> None:
     data = make_config(directory).data.model_dump() | {"truncation": "keep_end"}
     found = inspected(directory, InspectOptions(samples=200), data=data)
     by_line = {s.line: s for s in found.samples if s.file.endswith("chats.jsonl")}
-    assert by_line[56].cut_before > 200 and by_line[56].cut_behind == 0
+    (cut,) = by_line[56].segments
+    assert cut.cut_before > 200 and cut.cut_behind == 0
     assert by_line[56].loss_weights[0] == 0, "nothing predicts the first token"
     assert by_line[57].fate in (TRAINED_ON, "held out"), "its answer is at the end, and kept"
 
@@ -128,7 +130,7 @@ def test_lengths_are_those_of_transformers(directory: Path, inspection: Inspecti
     histogram = length_histogram(inspection)
     assert MAX_LENGTH + 1 in histogram.edges, "no bucket has samples on both sides of data.max_length"
     expected = [sum(a <= n < b for n in lengths) for a, b in zip(histogram.edges, histogram.edges[1:], strict=False)]
-    assert list(histogram.counts) == expected and sum(expected) == len(lengths)
+    assert histogram.counts == (tuple(expected),) and sum(expected) == len(lengths)
 
 
 def test_summary_counts(directory: Path, inspection: Inspection) -> None:
@@ -156,12 +158,12 @@ def test_packed_rows_are_those_of_training(inspection: Inspection) -> None:
     train = inspection.datasets.train
     for row in inspection.packed:
         batch = train.read(row.step, np.array([row.row]))
-        tokens = np.concatenate([segment.tokens for segment in row.segments])
-        weights = np.concatenate([segment.loss_weights for segment in row.segments])
+        tokens = np.concatenate([segment.tokens for segment in row.samples])
+        weights = np.concatenate([segment.loss_weights for segment in row.samples])
         assert batch.tokens[0, : row.tokens].tolist() == tokens.tolist()
         assert batch.loss_weights[0, : row.tokens].tolist() == weights.tolist()
         assert not np.asarray(batch.segment_ids)[0, row.tokens :].any()
-        assert [f"{s.file}:{s.line}" for s in row.segments] == train.describe(row.step, row.row)
+        assert [f"{s.file}:{s.line}" for s in row.samples] == train.describe(row.step, row.row)
 
 
 def test_a_step_and_an_epoch(directory: Path) -> None:
@@ -241,6 +243,7 @@ def test_files_that_cannot_be_read_stop_it(directory: Path) -> None:
 
 def test_rows_of_a_changed_file_are_not_mistaken(directory: Path, tmp_path: Path) -> None:
     """The cache is what is trained on; a row that no longer gives the sample is not shown beside it."""
+    from posttrain.data.chat import encode_rows
     from posttrain.data.inspect_rows import show_samples
     from posttrain.data.inspect_samples import alike_hashes, choose
 
@@ -250,7 +253,7 @@ def test_rows_of_a_changed_file_are_not_mistaken(directory: Path, tmp_path: Path
     files = found.files[:1]
     alike = alike_hashes(files)
     places = choose(files, 10, alike=alike, seed=0)
-    shown = show_samples(files, places, found.tokenizer, ("assistant",), alike=alike)
+    shown = show_samples(files, places, lambda rows: encode_rows(rows, found.tokenizer), alike=alike)
     assert len(shown) == 10 and all(sample.raw == "" for sample in shown)
 
 

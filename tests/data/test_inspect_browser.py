@@ -2,8 +2,6 @@
 walked through by mouse and keyboard, and safe whatever the data."""
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,44 +11,29 @@ import pytest
 
 from posttrain.data.inspect import Inspection, InspectOptions
 from posttrain.data.inspect_page import write_page
+from tests.data import browsers
+from tests.data.browsers import (
+    ActionChains,
+    By,
+    Keys,
+    WebDriverWait,
+    button,
+    card,
+    contrast,
+    search,
+    set_screen,
+    texts,
+    tokens_of,
+)
 from tests.data.chat_cases import TEMPLATES
 from tests.data.inspect_cases import HOSTILE, inspected
 
-webdriver = pytest.importorskip("selenium.webdriver", reason="the browser test needs selenium: pip install selenium")
-from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402  # only where selenium is
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.common.keys import Keys  # noqa: E402
-from selenium.webdriver.support.wait import WebDriverWait  # noqa: E402
-
 pytestmark = pytest.mark.browser
-
-FLAGS = (
-    *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"),
-    *("--disable-component-update", "--disable-sync", "--disable-default-apps", "--disable-dev-shm-usage"),
-)
-
-
-def program(*names: str) -> str:
-    found = next((path for name in names if (path := shutil.which(name))), None)
-    if found is None:
-        reason = f"the browser test needs {' or '.join(names)}, e.g. apt-get install chromium chromium-driver"
-        if os.environ.get("POSTTRAIN_NEEDS_BROWSER"):
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return found
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    binary, driver = program("chromium", "chromium-browser", "google-chrome"), program("chromedriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = binary
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    started = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield started
-    started.quit()
+    yield from browsers.chromium(tmp_path_factory.mktemp("chromium"))
 
 
 @pytest.fixture(scope="module")
@@ -73,53 +56,10 @@ def url(inspection: Inspection, tmp_path_factory: pytest.TempPathFactory) -> str
     return path.as_uri()
 
 
-def set_screen(browser: Any, width: int, height: int = 900, *, dark: bool = False) -> None:
-    screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
-    scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
-
-
 @pytest.fixture
 def page(browser: Any, url: str) -> Iterator[Any]:
     """The page, freshly opened; whatever a test does must cause no message in the console and no request."""
-    set_screen(browser, 1200)
-    browser.get_log("browser"), browser.get_log("performance")
-    browser.get(url)
-    yield browser
-    assert browser.get_log("browser") == []
-    assert browser.execute_script("return window.hacked") is None
-    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    requests = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
-    assert requests and {address.split("#")[0] for address in requests} <= {url, "data:,"}
-
-
-def texts(page: Any, selector: str) -> list[str]:
-    return [element.text for element in page.find_elements(By.CSS_SELECTOR, selector)]
-
-
-def search(page: Any, text: str) -> str:
-    """Types a search; the count of matches."""
-    page.find_element(By.ID, "search").send_keys(text)
-    return page.find_element(By.ID, "count").text
-
-
-def button(page: Any, flag: str) -> Any:
-    return page.find_element(By.CSS_SELECTOR, f"#filters button[data-flag='{flag}']")
-
-
-def card(page: Any, place: str) -> Any:
-    """The card of a sample."""
-    cards = page.find_elements(By.CSS_SELECTOR, "#list article")
-    return next(c for c in cards if c.find_element(By.CSS_SELECTOR, ".place").text.endswith(place))
-
-
-def tokens_of(element: Any) -> list[dict[str, Any]]:
-    script = (
-        "return [...arguments[0].querySelectorAll('.t')].map(t => ({...t.unit, classes: [...t.classList], shown: "
-        "t.innerText}))"
-    )
-    return element.parent.execute_script(script, element)
+    yield from browsers.open_page(browser, url)
 
 
 def test_sections_are_drawn(page: Any, inspection: Inspection) -> None:
@@ -135,7 +75,7 @@ def test_sections_are_drawn(page: Any, inspection: Inspection) -> None:
     assert "1 left out: without a token to train on" in texts(page, "#sources .remark")[0]
     assert rows[0][0] == "chats.jsonl" and {"60", "54"} <= set(rows[0]) and rows[1][0] == "pairs.json"
     assert len(page.find_elements(By.CSS_SELECTOR, "#packing svg g")) == sum(
-        len(row.segments) for row in inspection.packed[:15]
+        len(row.samples) for row in inspection.packed[:15]
     )
     counted = page.execute_script(
         "return [...document.querySelectorAll('#lengths rect title')].map(t => t.textContent)"
@@ -279,7 +219,7 @@ def test_keyboard(page: Any) -> None:
 def test_truncation_is_marked(page: Any, inspection: Inspection) -> None:
     button(page, "truncated").click()
     cut = next(sample for sample in inspection.samples if "truncated" in sample.flags)
-    assert f"✂ {cut.cut_behind:,} tokens cut off here" in card(page, f":{cut.line}").text
+    assert f"✂ {cut.segments[0].cut_behind:,} tokens cut off here" in card(page, f":{cut.line}").text
 
 
 def test_packed_rows(page: Any, inspection: Inspection) -> None:
@@ -287,9 +227,9 @@ def test_packed_rows(page: Any, inspection: Inspection) -> None:
         details.find_element(By.TAG_NAME, "summary").click()
         WebDriverWait(page, 10).until(lambda _, d=details: d.find_elements(By.CSS_SELECTOR, ".segment-head"))
         heads = [element.text for element in details.find_elements(By.CSS_SELECTOR, ".segment-head")]
-        assert [head.split(" · ")[0] for head in heads] == [f"{s.file}:{s.line}" for s in row.segments]
+        assert [head.split(" · ")[0] for head in heads] == [f"{s.file}:{s.line}" for s in row.samples]
         ids = [id for unit in tokens_of(details) for id in unit["ids"]]
-        assert ids == [id for segment in row.segments for id in segment.tokens.tolist()]
+        assert ids == [id for segment in row.samples for id in segment.tokens.tolist()]
         padding = row.row_length - row.tokens
         assert (f"{padding} place" in details.text) == bool(padding)
 
@@ -305,25 +245,6 @@ def test_template_marks_side_by_side(page: Any, inspection: Inspection) -> None:
         assert [bool(unit["weights"][0]) for unit in theirs for _ in unit["ids"]] == row.theirs.tolist()
         marked = [unit for unit in ours if "hit" in unit["classes"]]
         assert marked and all(unit["ids"] == [stop] for unit in marked)
-
-
-def contrast(page: Any, selector: str) -> float:
-    """Contrast ratio (WCAG 2) of an element's text with the nearest background that is drawn."""
-    script = """
-      const rgb = text => text.match(/[\\d.]+/g).map(Number);
-      const linear = v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
-      const light = c => [0.2126, 0.7152, 0.0722].reduce((sum, share, i) => sum + share * linear(c[i] / 255), 0);
-      let node = document.querySelector(arguments[0]);
-      const ink = light(rgb(getComputedStyle(node).color));
-      let back = rgb(getComputedStyle(node).backgroundColor);
-      while (back.length === 4 && back[3] === 0) {
-        node = node.parentElement;
-        back = rgb(getComputedStyle(node).backgroundColor);
-      }
-      const [a, b] = [ink, light(back)].sort((x, y) => y - x);
-      return (a + 0.05) / (b + 0.05);
-    """
-    return page.execute_script(script, selector)
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])

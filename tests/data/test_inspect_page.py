@@ -94,16 +94,18 @@ def test_data_is_complete(inspection: Inspection, page: Page) -> None:
     samples = [sample for sample in data["samples"] if "rejected" not in sample["flags"]]
     assert len(samples) == len(inspection.samples) and len(data["samples"]) - len(samples) == 4
     for shown, sample in zip(samples, inspection.samples, strict=True):
-        pieces = [data["pieces"][number] for number in shown["pieces"]]
+        (part,) = shown["parts"]
+        pieces = [data["pieces"][number] for number in part["pieces"]]
         assert [id for ids, _, _ in pieces for id in ids] == sample.tokens.tolist()
         assert "".join(text for _, text, _ in pieces) == inspection.tokenizer.decode(sample.tokens.tolist())
-        runs = shown["weights"]
+        runs = part["weights"]
         weights = [value for n, value in zip(runs[::2], runs[1::2], strict=True) for _ in range(n)]
         assert np.array_equal(np.array(weights, np.float32), sample.loss_weights)
-        assert shown["trained"] == np.count_nonzero(sample.loss_weights) and shown["total"] == len(sample.tokens)
+        trained, tokens = np.count_nonzero(sample.loss_weights), len(sample.tokens)
+        assert shown["numbers"].startswith(f"{tokens:,} tokens, {trained} trained (")
         assert shown["place"] == f"{sample.file}:{sample.line}" and shown["row"] == sample.raw
     assert HOSTILE in "".join(
-        data["pieces"][n][1] for n in next(s for s in samples if s["place"].endswith(":60"))["pieces"]
+        data["pieces"][n][1] for n in next(s for s in samples if s["place"].endswith(":60"))["parts"][0]["pieces"]
     )
     for flag, count in data["flags"]:
         assert count == sum(flag in sample["flags"] for sample in data["samples"]) > 0
@@ -113,9 +115,9 @@ def test_bars_are_the_packed_rows(inspection: Inspection, page: Page) -> None:
     bars = data_of(page)["packing"]["rows"]
     assert len(bars) == len(inspection.packed[:15]) > 0
     for bar, row in zip(bars, inspection.packed, strict=False):
-        assert [sum(segment["runs"]) for segment in bar] == [len(segment.tokens) for segment in row.segments]
+        assert [sum(segment["runs"]) for segment in bar] == [len(segment.tokens) for segment in row.samples]
         assert [sum(segment["runs"][1::2]) for segment in bar] == [
-            int(np.count_nonzero(segment.loss_weights)) for segment in row.segments
+            int(np.count_nonzero(segment.loss_weights)) for segment in row.samples
         ]
 
 
@@ -123,7 +125,7 @@ def test_long_samples_keep_start_and_end(inspection: Inspection, monkeypatch: py
     monkeypatch.setattr(inspect_page, "_SAMPLE_TOKENS", 30)
     data = data_of(Page(page_html(inspection, name="run")))
     sample = next(s for s in inspection.samples if "truncated" in s.flags)
-    shown = next(s for s in data["samples"] if s["place"] == f"{sample.file}:{sample.line}")
+    (shown,) = next(s for s in data["samples"] if s["place"] == f"{sample.file}:{sample.line}")["parts"]
     ids = [id for number in shown["pieces"] for id in data["pieces"][number][0]]
     before, left_out = shown["gap"]
     head = sum(len(data["pieces"][number][0]) for number in shown["pieces"][:before])
@@ -136,7 +138,7 @@ def test_what_is_left_out_is_said(inspection: Inspection, monkeypatch: pytest.Mo
     monkeypatch.setattr(inspect_page, "_PAGE_TOKENS", 500)
     data = data_of(Page(page_html(inspection, name="run")))
     shown = [sample for sample in data["samples"] if "rejected" not in sample["flags"]]
-    assert 0 < sum(sample["total"] for sample in shown) <= 500
+    assert 0 < sum(sum(part["weights"][::2]) for sample in shown for part in sample["parts"]) <= 500
     assert f"{len(inspection.samples) - len(shown)} more were asked for" in data["samples_text"]
     assert f"Shown are {len(shown)} of 61 samples" in data["samples_text"]
     monkeypatch.setattr(inspect_page, "_PAGE_RAW", 0)

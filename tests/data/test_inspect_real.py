@@ -2,11 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from posttrain.config import parse_config
 from posttrain.data.inspect import InspectOptions
+from posttrain.data.inspect_answers import LABELS, PAIRS
 from posttrain.data.inspect_page import page_html
 from posttrain.data.inspect_summary import source_table
 from posttrain.experiment import inspect_data
@@ -60,3 +63,35 @@ def test_tool_calls_of_real_files(shared: Path, tmp_path: Path) -> None:
     with_tools = sum(bool(json.loads(row["tools"] or "[]")) for row in json.loads(path.read_text()))
     assert [count for count, _ in found.reject_kinds] == [with_tools] and with_tools > 100
     assert len(found.samples) == 300 - with_tools and len(found.rejects) == min(500, with_tools)
+
+
+def test_pairs_and_labels_of_real_files(shared: Path, tmp_path: Path) -> None:
+    directory = shared / "data" / "llama-factory-demo"
+    raw: dict[str, Any] = {
+        "tokenizer": {"path": str(FIXTURE), "chat_template": "chatml"},
+        "objective": {"name": "sigmoid"},
+        "data": {
+            "train": [{"path": str(directory / "dpo_en_demo.json")}],
+            "max_length": 16384,
+            "row_length": 32768,
+            "cache_dir": str(tmp_path / "cache"),
+        },
+    }
+    found = inspect_data(parse_config(raw, "test"), InspectOptions(samples=20))
+    rows = json.loads((directory / "dpo_en_demo.json").read_text())
+    hf = AutoTokenizer.from_pretrained(str(FIXTURE))
+    lengths = [
+        [len(hf(f"{row[side]['value']}<|im_end|>", add_special_tokens=False)["input_ids"]) for side in PAIRS]
+        for row in rows
+    ]
+    assert found.bad_rows == 0 and found.answers is not None
+    assert [sum(a > b for a, b in lengths), sum(a < b for a, b in lengths)] == [*found.answers.longer]
+    for side, trained in zip(PAIRS, zip(*lengths, strict=True), strict=True):
+        assert found.answers.trained[side].tolist() == [*trained]
+    assert 100_000 < len(page_html(found, name="real")) < 3_000_000
+    raw["objective"] = {"name": "kto"}
+    raw["data"]["train"] = [{"path": str(directory / "kto_en_demo.json")}]
+    labelled = inspect_data(parse_config(raw, "test"), InspectOptions(samples=20))
+    labels = [row["label"] for row in json.loads((directory / "kto_en_demo.json").read_text())]
+    assert labelled.answers is not None and labels.count(True) > 100 < labels.count(False)
+    assert labelled.answers.counts == dict(zip(LABELS, (labels.count(True), labels.count(False)), strict=True))

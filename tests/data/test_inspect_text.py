@@ -11,8 +11,17 @@ from rich.console import Console
 from posttrain.cli import main
 from posttrain.config import dump_config
 from posttrain.data.inspect import Inspection, InspectOptions
+from posttrain.data.inspect_rows import parts
 from posttrain.data.inspect_text import OTHER_WEIGHT, SPECIAL, TRAINED, show, tokens_text, visible
-from tests.data.inspect_cases import HOSTILE, inspected, make_config
+from tests.data.inspect_cases import (
+    HOSTILE,
+    SIDE_CUT,
+    inspected,
+    inspected_answers,
+    make_config,
+    write_labelled,
+    write_pairs,
+)
 
 OPTIONS = InspectOptions(samples=200, rows=3)
 
@@ -61,7 +70,7 @@ def test_packed_rows_without_colours(inspection: Inspection) -> None:
     text = printed(inspection)
     row = inspection.packed[0]
     body = text[text.index(f"Step {row.step}, row {row.row}:") :]
-    for segment in row.segments:
+    for segment in row.samples:
         assert f"── {segment.file}:{segment.line}  {len(segment.tokens)} tokens" in body
     assert body.count("⟦") == body.count("⟧") > 0
     padding = row.row_length - row.tokens
@@ -70,7 +79,7 @@ def test_packed_rows_without_colours(inspection: Inspection) -> None:
 
 def test_brackets_hold_exactly_what_is_trained(inspection: Inspection) -> None:
     for sample in inspection.samples:
-        text = tokens_text(sample, inspection.tokenizer, plain=True).plain
+        text = tokens_text(*parts(sample, inspection.tokenizer), plain=True).plain
         inside = "".join(re.findall(r"⟦(?:0\.5: )?(.*?)⟧", text, flags=re.DOTALL))
         trained = [t for t, w in zip(sample.tokens.tolist(), sample.loss_weights.tolist(), strict=True) if w]
         expected = visible(inspection.tokenizer.decode(trained)).replace("\n", "↵\n")
@@ -81,7 +90,7 @@ def test_brackets_hold_exactly_what_is_trained(inspection: Inspection) -> None:
 
 def test_styles_hold_exactly_what_is_trained(inspection: Inspection) -> None:
     for sample in inspection.samples:
-        text = tokens_text(sample, inspection.tokenizer, plain=False)
+        text = tokens_text(*parts(sample, inspection.tokenizer), plain=False)
         trained, special = "", ""
         for span in text.spans:
             part = text.plain[span.start : span.end]
@@ -95,6 +104,43 @@ def test_styles_hold_exactly_what_is_trained(inspection: Inspection) -> None:
         )
         other = any(str(span.style).startswith(OTHER_WEIGHT) for span in text.spans)
         assert other == ("other weights" in sample.flags)
+
+
+def test_pairs(directory: Path) -> None:
+    rows = write_pairs(directory)
+    found = inspected_answers(directory, "sigmoid", "answers.jsonl", OPTIONS)
+    text = printed(found)
+    body = text[text.index("Step 0, row 0:") :]
+    for row in found.packed[:3]:
+        for sample in row.samples:
+            data = rows[sample.line - 1]
+            prompt, chosen, rejected = (data[name][0]["content"] for name in ("prompt", "chosen", "rejected"))
+            start = body.index(f":{sample.line}  {len(sample.tokens)} tokens: chosen ")
+            at = [body.index(head, start) for head in ("┌ Prompt", prompt, "┌ Chosen", "┌ Rejected")]
+            assert at == sorted(at)
+            if sample.line != SIDE_CUT:
+                assert f"⟦{visible(chosen)}<|im_end|>⟧↵\n" in body[at[2] : at[3]]
+                assert f"⟦{visible(rejected)}<|im_end|>⟧↵\n" in body[at[3] :]
+    answers = text[text.index("\nAnswers\n") : text.index("What needs attention")]
+    assert found.answers is not None
+    bars = [int(count) for line in answers.splitlines() for count in re.findall(r"█ (\d+)", line)]
+    assert sum(bars) == 2 * found.answers.counts["chosen"] == 48
+    assert re.search(r"Chosen answers +\d", answers) and "Half up to" in answers
+    (cut,) = [sample for sample in found.samples if sample.line == SIDE_CUT]
+    shown = [tokens_text(part, plain=True).plain for part in parts(cut, found.tokenizer)]
+    assert ["✂" in part for part in shown] == [False, False, True] and shown[2].endswith("tokens cut off here")
+
+
+def test_labelled_answers(directory: Path) -> None:
+    write_labelled(directory)
+    found = inspected_answers(directory, "kto", "labelled.jsonl", OPTIONS)
+    text = printed(found)
+    body = text[text.index("Step 0, row 0:") :]
+    for sample in found.packed[0].samples:
+        label = "desirable" if sample.label > 0 else "undesirable"
+        head = body[body.index(f":{sample.line}  ") :].split("\n")[0]
+        assert f": {label} {sample.segments[0].trained} trained, mismatched " in head and f"({label}" in head
+    assert "┌ Mismatched" in body and "8 (33%) are desirable" in text
 
 
 def test_nothing_steers_the_terminal(directory: Path) -> None:

@@ -51,7 +51,7 @@ def encoded(monkeypatch) -> list[int]:
         calls.append(len(rows))
         return encode_rows(rows, tokenizer, loss_on)
 
-    monkeypatch.setattr(sources, "encode_rows", counting)
+    monkeypatch.setitem(sources.ENCODERS, "single", counting)
     return calls
 
 
@@ -210,7 +210,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, tokenizer, mo
         put(url, "more") if remote else write(Path(path), [chat("one"), chat("more")])
         return encode_rows(rows, tokenizer, loss_on)
 
-    monkeypatch.setattr(sources, "encode_rows", changing)
+    monkeypatch.setitem(sources.ENCODERS, "single", changing)
     with pytest.raises(UserError, match=r"changing\.jsonl: changed while it was read; start again"):
         tokenize(tmp_path, tokenizer, path)
     monkeypatch.undo()
@@ -340,7 +340,7 @@ def test_samples_without_a_trained_token_have_no_prompt_hash_and_notes_are_count
             (sample(third, 1, "odd"),),
         ]
 
-    monkeypatch.setattr(sources, "encode_rows", fake)
+    monkeypatch.setitem(sources.ENCODERS, "single", fake)
     (cache,) = tokenize(tmp_path, tokenizer, write(tmp_path / "a.jsonl", rows))
     assert cache.lines.tolist() == [1, 2, 2, 3]
     assert cache.trained.tolist() == [0, 1, 1, 1]

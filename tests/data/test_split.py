@@ -69,16 +69,22 @@ def test_equal_samples_are_on_one_side(seed):
 
 
 def test_samples_of_one_row_are_on_one_side():
-    """A conversation that was split has one line. The lines of a .json file tell nothing: it may have only one."""
+    """Of one conversation that was split, of one ranking. Lines tell nothing of it: a .json file may have only one."""
     lines = [line for line in range(1, 41) for _ in range(3)]
     table = table_of(fake_cache("a.jsonl", distinct(120), lines))
     marked = split_heldout(table, 0.1, seed=0)
     heldout = np.flatnonzero(marked)
     assert len(heldout) == 12
     assert sorted({lines[sample] for sample in heldout}) == [lines[sample] for sample in heldout[::3]]
-    for name in ("a.json", "A.JSON.gz"):
-        table = table_of(fake_cache(name, distinct(120), [1] * 120))
-        assert split_heldout(table, 0.1, seed=0).sum() == 12
+    on_one_line = table_of(fake_cache("a.json", distinct(120), [1] * 120, begins=[True, False, False] * 40))
+    assert split_heldout(on_one_line, 0.1, seed=0).tolist() == marked.tolist()
+    alone = table_of(fake_cache("a.json", distinct(120), [1] * 120, begins=[True] * 120))
+    assert alone.first_of_row().tolist() == list(range(120)) and split_heldout(alone, 0.1, seed=0).sum() == 12
+
+
+def test_a_record_whose_first_sample_is_dropped_is_still_one() -> None:
+    table = table_of(fake_cache("a.json", distinct(6), [1] * 6, begins=[True, False, False] * 2))
+    assert table.take(np.array([False, True, True, True, False, True])).first_of_row().tolist() == [0, 0, 2, 2]
 
 
 def test_rows_of_equal_number_in_two_files_are_not_one():

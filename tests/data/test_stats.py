@@ -54,7 +54,7 @@ def test_a_source_of_which_nothing_is_left():
         "data.max_length); check data.loss_on against the rows; raise data.max_length, or set data.truncation to "
         "keep_start",
         "data.train.2: all samples of 2.jsonl are exactly like earlier ones; leave this source out",
-        "data.train.3: 3.jsonl gives no sample: of 7 rows 4 are bad and 3 are left out by the source's options",
+        "data.train.3: 3.jsonl gives no sample: of 7 rows 4 are bad and 3 are left out",
         "data.train.4: 3.jsonl gives no sample: it has no rows",
     ]
 
@@ -70,7 +70,7 @@ def test_a_source_is_told_in_one_line(caplog):
     log_epoch_use([replace(WHOLE, epoch=use), replace(WHOLE, key="data.heldout")])
     log_epoch_use([replace(WHOLE, epoch=EpochUse(5, 5, 20, 9, 1.0, 1.0, 1.0))])  # whole, and alone: nothing to tell
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
-        ("INFO", "data.train.0, a.jsonl (3 files): 5 samples, 20 tokens, 9 trained on; 4 rows left out by its options; "
+        ("INFO", "data.train.0, a.jsonl (3 files): 5 samples, 20 tokens, 9 trained on; 4 rows left out; "
          "2 x conversation split; 1 held out"),
         ("WARNING", "data.train.0, a.jsonl: 5 samples, 20 tokens, 9 trained on; 2 truncated; 3 dropped, longer than "
          "data.max_length; 1 bad rows skipped; 6 exactly like an earlier sample (data.drop_duplicates would use them "

@@ -468,7 +468,7 @@ def test_plain_fields_and_defaults():
         ({"sliding_window": 512}, "sliding_window: 512 is not served"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5 is not served"),
         (
-            {"architectures": ["LlamaForSequenceClassification"]},
+            {"architectures": ["LlamaForTokenClassification"]},
             "architectures: .*served: LlamaForCausalLM, LlamaModel",
         ),
         ({"rope_theta": 5.0}, "rope_theta: 5.0 contradicts rope_parameters.rope_theta: 10000.0"),

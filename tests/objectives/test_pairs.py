@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from posttrain.config import MeshConfig, ObjectiveConfig
-from posttrain.data.packed import assemble, with_pairs
+from posttrain.data.packed import assemble, with_sides
 from posttrain.errors import UserErrors
 from posttrain.models.decoder import ComputeOptions, DecoderConfig, abstract_decoder, init_params
 from posttrain.objectives.find import build_objective
@@ -54,7 +54,8 @@ def make_rows(packed: bool, reference: bool = True) -> Batch:
     size = 2 if packed else 1
     groups = [range(i, i + size) for i in range(0, 6, size)] + [range(0)] * (5 if packed else 2)
     batch = assemble([[side for i in group for side in pairs[i]] for group in groups], T)
-    batch = with_pairs(batch, [[MARGINS[i] for i in group] for group in groups], SLOTS)
+    sides = [[side for i in group for side in ((1, MARGINS[i]), (-1, 0.0))] for group in groups]
+    batch = with_sides(batch, sides, SLOTS)
     if not reference:
         return batch
     logps = np.zeros((len(groups), T), np.float32)
@@ -74,7 +75,7 @@ def run(made: Any, params: Params, batch: Batch) -> tuple[dict[str, float], dict
     @jax.jit
     def compute(params: Params, batch: Batch) -> Any:
         totals = loss.totals(batch)
-        gradients, sums, metrics = make_gradient_step(loss)(params, batch, totals)
+        gradients, sums, metrics = make_gradient_step(loss)(params, batch, totals, None)
         return gradients, report(made, sums, totals, metrics)
 
     gradients, values = compute(params, batch)
@@ -84,13 +85,18 @@ def run(made: Any, params: Params, batch: Batch) -> tuple[dict[str, float], dict
     )
 
 
-def numpy_pairs(params: Params, batch: Batch) -> dict[str, np.ndarray]:
-    """Sums of log-probabilities of each side, from full logits, in numpy float64; in the order of the rows."""
+def numpy_logps(params: Params, batch: Batch) -> np.ndarray:
+    """Log-probabilities `[B, T, V]` of every token that may follow, from full logits, in numpy float64."""
     model = abstract_decoder(CONFIG, options=ComputeOptions("reference", "none")).merge(params)
     hidden = np.asarray(jax.jit(lambda b: model.hidden(b))(batch), np.float64)
     logits = hidden @ np.asarray(model.head(), np.float64)[:250].T
     logits -= logits.max(-1, keepdims=True)
-    logps = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def numpy_pairs(params: Params, batch: Batch) -> dict[str, np.ndarray]:
+    """Sums of log-probabilities of each side in numpy float64, in the order of the rows."""
+    logps = numpy_logps(params, batch)
     found: dict[str, list[float]] = {name: [] for name in ("chosen", "rejected", "ref_chosen", "ref_rejected")}
     for row in range(batch.tokens.shape[0]):
         for segment in range(1, int(batch.segment_ids[row].max()) + 1):
@@ -156,7 +162,11 @@ def test_micro_batches_and_packing_change_nothing(params: Params, name: str) -> 
 def test_the_mesh_changes_nothing(params: Params, name: str, sizes: dict[str, int]) -> None:
     made = objective(name)
     batch = split(make_rows(packed=False, reference=made.needs_reference), 1)
-    expected = run(made, params, batch)
+    assert_equal_runs(on_mesh(made, params, batch, sizes), run(made, params, batch), tolerance=2e-5)
+
+
+def on_mesh(made: Any, params: Params, batch: Batch, sizes: dict[str, int]) -> Any:
+    """`run` on a mesh of these axes."""
     mesh = make_mesh(MeshConfig(**({"fsdp": 1} | sizes)))
     axes = abstract_decoder(CONFIG, options=ComputeOptions("chunked", "dots")).axes
     placed = unflatten(
@@ -166,8 +176,7 @@ def test_the_mesh_changes_nothing(params: Params, name: str, sizes: dict[str, in
         }
     )
     with jax.set_mesh(mesh):
-        found = run(made, placed, jax.device_put(batch, batch_sharding(mesh)))
-    assert_equal_runs(found, expected, tolerance=2e-5)
+        return run(made, placed, jax.device_put(batch, batch_sharding(mesh)))
 
 
 def test_where_model_and_reference_agree_the_margins_are_zero(params: Params) -> None:
@@ -202,6 +211,6 @@ def test_names_and_parameters_are_checked() -> None:
 def test_what_an_objective_says_of_itself() -> None:
     assert (objective().rows, objective().needs_reference, objective().whole_batch) == ("pairs", True, False)
     assert (objective("simpo").needs_reference, objective("aot").whole_batch) == (False, True)
-    assert dict(objective("cpo").coefficients) == {"preference": 1.0, "sft": 1.0}
-    assert dict(objective("cpo", sft_weight=0).coefficients) == {"preference": 1.0}
+    assert dict(objective("cpo").coefficients) == {"cpo": 1.0, "sft": 1.0}
+    assert dict(objective("cpo", sft_weight=0).coefficients) == {"cpo": 1.0}
     assert (objective("sft").rows, objective("sft").needs_reference) == ("single", False)

@@ -63,7 +63,7 @@ def loss_and_gradients(loss: LossSums, params: Params, batch: Batch) -> tuple[fl
     @jax.jit
     def compute(params: Params, batch: Batch) -> Any:
         totals = loss.totals(batch)
-        gradients, sums, _ = make_gradient_step(loss)(params, batch, totals)
+        gradients, sums, _ = make_gradient_step(loss)(params, batch, totals, None)
         return gradients, sums["nll"] / totals["nll"]
 
     gradients, value = compute(params, batch)
