@@ -84,7 +84,8 @@ def talk_pair(
         if chosen.weights[:shared] != rejected.weights[:shared]:
             problems.add(origin, "chosen and rejected give their prompt different weights; fix: the same weights")
         prompt, chosen, rejected = chosen.part(0, shared), chosen.part(shared), rejected.part(shared)
-    for answer in (chosen, rejected):
+    # Fine-tuning on the chosen answers makes no use of the others.
+    for answer in (chosen,) if fields.source.preference == "chosen" else (chosen, rejected):
         check_answer(fields, answer)
     for message, weight, key in zip(rejected.messages, rejected.weights, rejected.keys, strict=True):
         if weight not in (None, 1.0 if message["role"] == "assistant" else 0.0):
