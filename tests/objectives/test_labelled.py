@@ -1,10 +1,11 @@
 """Losses of labelled answers against TRL's own values and numpy float64; their objective's laws; sums of losses."""
 
 import functools
+import inspect
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,15 @@ def answers(kl: float, logps: Any = None) -> LabelledLogps:
     labels = jnp.asarray(np.where(FIXTURE["labels"], 1.0, -1.0), jnp.float32)
     made = LabelledLogps(**drawn, tokens=jnp.ones_like(labels), labels=labels, kl=jnp.float32(kl))
     return made if logps is None else replace(made, logps=logps)
+
+
+def test_cases_cover_every_loss_of_labelled_answers() -> None:
+    found = {
+        name
+        for name, function in vars(preference).items()
+        if inspect.isfunction(function) and get_type_hints(function).get("answers") is LabelledLogps
+    }
+    assert found == {loss for loss, _ in CASES}
 
 
 @pytest.mark.parametrize(("number", "loss", "parameters"), [(i, *case) for i, case in enumerate(CASES)])
