@@ -5,7 +5,7 @@ import inspect
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,11 +42,9 @@ def answers(kl: float, logps: Any = None) -> LabelledLogps:
 
 
 def test_cases_cover_every_loss_of_labelled_answers() -> None:
-    found = {
-        name
-        for name, function in vars(preference).items()
-        if inspect.isfunction(function) and get_type_hints(function).get("answers") is LabelledLogps
-    }
+    functions = inspect.getmembers(preference, inspect.isfunction)
+    firsts = {name: next(iter(inspect.signature(function).parameters.values())) for name, function in functions}
+    found = {name for name, first in firsts.items() if first.annotation is LabelledLogps}
     assert found == {loss for loss, _ in CASES}
 
 

@@ -14,7 +14,7 @@ import pydantic
 import pytest
 
 from posttrain.objectives import preference
-from posttrain.records import PairLogps, PolicyPairs
+from posttrain.records import LabelledLogps, PairLogps, PolicyPairs
 
 FIXTURE = np.load(Path(__file__).parents[1] / "fixtures" / "preference.npz")
 CASES = [(case["loss"], case["parameters"]) for case in map(json.loads, FIXTURE["cases"])]
@@ -192,7 +192,8 @@ def test_cases_cover_every_loss():
     assert set(public) - labelled == set(LOSSES) == {loss for loss, _ in CASES}
     for name, function in public.items():
         first, *others = inspect.signature(function).parameters.values()
-        assert first.annotation is (PolicyPairs if name in REFERENCE_FREE else PairLogps)
+        record = LabelledLogps if name in labelled else PolicyPairs if name in REFERENCE_FREE else PairLogps
+        assert first.annotation is record
         assert all(p.kind is p.KEYWORD_ONLY and p.default is not p.empty for p in others)
         assert "arXiv:" in inspect.getdoc(function)
         described = [field.description for field in schema(name).model_fields.values()]
