@@ -2,7 +2,7 @@
 # SFT -> reward model -> DPO over GSM8K's real right and wrong solutions, on one machine.
 #   configs/chain/run.sh GSM8K MODEL [OUT]
 # GSM8K: a directory with train.jsonl and example_model_solutions.jsonl; MODEL: a Hugging Face directory or hub id, for
-# instance SmolLM2-135M-Instruct. Times and results are in the headers of the three configs. The same command resumes.
+# instance SmolLM2-135M-Instruct. The same command resumes.
 set -euo pipefail
 gsm8k=${1:?usage: run.sh GSM8K MODEL [OUT]} model=${2:?usage: run.sh GSM8K MODEL [OUT]} out=${3:-runs/chain}
 here=$(dirname "$0")
