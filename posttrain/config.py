@@ -35,6 +35,39 @@ class RunConfig(Section):
     that has none."""
 
 
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (Hu et al. 2021) beside frozen weights: `r`, or the `path` of an adapter, turns them on."""
+
+    r: int | None = Field(default=None, ge=1)
+    """Rank. 16 is usual."""
+    alpha: float = Field(default=32.0, gt=0)
+    """The adapter's output is multiplied by alpha / r."""
+    use_rslora: Switch = False
+    """Multiplied by alpha / sqrt(r) instead (Kalajdzievski 2023)."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """On the adapter's input while training, never in evaluation."""
+    target_modules: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ("all-linear",)
+    """Which weights have one: `all-linear` (those of attention and MLP, experts too), names as in PEFT (`q_proj`), or
+    regular expressions of whole names with an optional layer range (`layers[0:12]/attn/(q|v)`)."""
+    path: str | None = None
+    """Start from this adapter, a directory in PEFT's format; it tells rank, alpha and targets."""
+    quantize: Literal["int8", "nf4"] | None = None
+    """Keep the frozen weights of attention and MLP in 8 or 4 bits while training (Dettmers et al. 2023); needs the
+    package qwix. An export is of the adapter as ever, and merges into the weights as they were."""
+
+    @property
+    def enabled(self) -> bool:
+        return self.r is not None or self.path is not None
+
+
+def _section(value: Any) -> Any:
+    return {} if value is None else value
+
+
 class ModelConfig(Section):
     path: str = ""
     """Hugging Face directory, hub id, or an exported run."""
@@ -43,14 +76,21 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype; auto: bfloat16 on accelerators, float32 on CPU."""
     params_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the parameters that the optimizer updates."""
+    """Dtype of the parameters that the optimizer updates. Under `lora` the others are kept in the compute dtype."""
     attention: Literal["auto", "reference", "chunked"] = "auto"
     """reference: quadratic memory; chunked: linear memory, skips blocks of other segments and of the future."""
+    moe: Literal["auto", "ragged", "blocks", "megablox"] = "auto"
+    """How the experts of a mixture of experts multiply. ragged: XLA's `ragged_dot`, on most platforms as costly as all
+    experts for every token; blocks: a loop over blocks of tokens, for CPU; megablox: a kernel for TPUs."""
+    router_aux_loss_coef: float | None = Field(default=None, ge=0)
+    """Of the load-balance loss of its routers. Default: the model's own where its config.json asks for the loss
+    (`output_router_logits`), else 0."""
+    router_z_loss_coef: float = Field(default=0.0, ge=0)
+    """Of its routers' z loss, which keeps their logits small."""
     remat: Literal["none", "minimal", "dots", "full", "offload"] = "dots"
     """What the backward pass recomputes: none keeps every activation; minimal recomputes elementwise work only; dots
     keeps the results of matrix products with weights; full keeps the layers' inputs only."""
-    lora: Annotated[dict[str, Any] | None, tyro.conf.Suppress] = None
-    """Low-rank adapters (not served yet)."""
+    lora: Annotated[LoraConfig, BeforeValidator(_section)] = LoraConfig()
 
 
 class TokenizerConfig(Section):
@@ -133,10 +173,6 @@ class HeldoutConfig(RowsConfig):
 LossOn = Literal["assistant", "completion", "last_assistant", "all", "system", "developer", "user", "tool"]
 
 
-def _as_tuple(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else value
-
-
 def _check_loss_on(value: tuple[LossOn, ...]) -> tuple[LossOn, ...]:
     alone = [name for name in value if name in ("completion", "last_assistant", "all")]
     if not value or (alone and len(value) > 1):
@@ -179,8 +215,10 @@ class ReferenceConfig(Section):
     """Default: the model that is trained, as it was at the start."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
-    logps: Literal["cached", "online"] = "cached"
-    """cached: its log-probabilities are computed once and kept on disk; online: it stays in memory."""
+    logps: Literal["cached", "online", "adapter_off"] = "cached"
+    """cached: its log-probabilities are computed once and kept on disk; online: it stays in memory; adapter_off: under
+    model.lora, the frozen weights without the adapter, which take no memory of their own. Under model.lora the default
+    model is the one without adapter, whichever is chosen."""
 
 
 class ObjectiveConfig(BaseModel):
@@ -248,7 +286,7 @@ class MeshConfig(Section):
     tensor: int = 1
     """Heads, MLP width and vocabulary are split."""
     expert: int = 1
-    """Experts are split (only 1 is served yet)."""
+    """Rows are split, and so are the experts of a mixture of experts; all else is as with fsdp."""
 
 
 class CheckpointConfig(Section):
@@ -258,7 +296,7 @@ class CheckpointConfig(Section):
     keep_best: int = Field(default=1, ge=0)
     """Checkpoints kept for the lowest held-out loss, beside the last ones."""
     export_at_end: Switch = True
-    """Write the Hugging Face directory when training ends."""
+    """Write the Hugging Face directory, or under model.lora that of the adapter, when training ends."""
 
 
 class EvaluateConfig(Section):

@@ -18,7 +18,7 @@ from posttrain.records import Params
 from posttrain.train.checkpoint import Checkpoints
 from posttrain.train.heldout import DatasetLoss
 from posttrain.train.reference import with_reference
-from posttrain.train.resume import check_vocabulary
+from posttrain.train.resume import check_model
 from posttrain.train.setup import Experiment
 
 
@@ -44,7 +44,9 @@ def evaluate(config: Config, options: EvaluateOptions) -> None:
     }
     experiment = build(config.model_copy(update=one_epoch))
     name, data = _choose_data(experiment, options)
-    loss = DatasetLoss(experiment.loss, experiment.mesh, experiment.micro_rows, with_reference(experiment))
+    loss = DatasetLoss(
+        experiment.loss, experiment.mesh, experiment.micro_rows, with_reference(experiment), experiment.model.split
+    )
     params = _choose_params(experiment, options)
     values: dict[str, Any] = {"split": name, "samples": data.num_samples, "tokens": data.num_tokens}
     if options.gradient_norms:
@@ -71,14 +73,14 @@ def _choose_data(experiment: Experiment, options: EvaluateOptions) -> tuple[str,
 
 def _choose_params(experiment: Experiment, options: EvaluateOptions) -> Params:
     if options.checkpoint == "none":
-        return experiment.model.load()
+        return experiment.model.load(experiment.config.run.seed)
     run_dir = epath.Path(experiment.config.run.dir)
     checkpoints = Checkpoints(run_dir, experiment.config.checkpoint)
     step = checkpoints.latest_step()
     if step is None:
         raise UserError(f"--checkpoint latest: there is no checkpoint in {checkpoints.directory}")
-    check_vocabulary(run_dir, checkpoints.read_meta(step)["vocabulary"], experiment.model.vocabulary)
-    state, _ = checkpoints.restore(step, experiment.abstract_state())
+    check_model(run_dir, checkpoints.read_meta(step), experiment.model)
+    state, _ = experiment.restore(checkpoints, step)
     return state.params
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from posttrain.config import Config, DataConfig, MeshConfig, ModelConfig, dump_config
+from posttrain.config import Config, DataConfig, LoraConfig, MeshConfig, ModelConfig, dump_config
 from posttrain.data.inspect import Inspection, InspectOptions, gather
 from posttrain.data.pipeline import Datasets, build_datasets
 from posttrain.data.stats import SourceStats
@@ -24,10 +24,13 @@ from posttrain.errors import UserError, UserErrors
 from posttrain.models import classifier, hf
 from posttrain.models.decoder import ComputeOptions, Remat, abstract_decoder
 from posttrain.models.embeddings import NewRows, grow_vocabulary
+from posttrain.models.grouped import choose_grouped
 from posttrain.objectives.find import build_objective
+from posttrain.objectives.router import add_router_losses
 from posttrain.parallel.mesh import barrier, check_mesh, gather_texts, make_mesh, row_shards, start_processes
 from posttrain.parallel.sharding import flatten, place
 from posttrain.records import Head
+from posttrain.train.adapters import lora_problems, setup_lora
 from posttrain.train.metrics import table
 from posttrain.train.optim import make_optimizer
 from posttrain.train.resume import run_clock
@@ -38,16 +41,14 @@ from posttrain.train.step import LossSums
 def check_config(config: Config) -> list[str]:
     """Problems that need no file and no device: combinations, and what is not served yet."""
     model, problems = config.model, check_mesh(config.mesh)
-    unserved = {
-        "model.lora": model.lora,
-        "log.wandb": config.log.wandb,
-    }
+    unserved = {"log.wandb": config.log.wandb}
     problems += [f"{key} = {value!r}: not served yet; leave it out" for key, value in unserved.items() if value]
     if model.remat == "offload":
         problems.append("model.remat = offload: not served yet; use none, minimal, dots or full")
     if not model.path:
         problems.append("model.path is empty: give a Hugging Face directory or a hub id")
     problems += _token_problems(config)
+    problems += lora_problems(config)
     problems += _data_problems(config.data)
     if config.log.profile_steps is not None and not 0 <= config.log.profile_steps[0] < config.log.profile_steps[1]:
         problems.append(f"log.profile_steps = {config.log.profile_steps}: give first < last, counted from 0")
@@ -57,6 +58,11 @@ def check_config(config: Config) -> list[str]:
         if path is not None and not objective.needs_reference:
             problems.append(f"reference.path = {path!r}: the objective {name} takes no reference; leave it out")
         problems += _row_problems(config.data, objective.rows == "pairs" or objective.mismatched)
+        if objective.head == "score" and config.model.lora.enabled:
+            problems.append(
+                f"model.lora: an adapter of a reward model is not served yet, since the score head (objective {name}) "
+                "would not be trained; leave model.lora out"
+            )
     except UserErrors as error:
         problems += error.problems
     return problems
@@ -144,11 +150,20 @@ def setup_model(
     if compute == "auto":
         compute = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     attention = "chunked" if config.attention == "auto" else config.attention
-    options = ComputeOptions(attention, cast(Remat, config.remat))
-    decoder = abstract_decoder(decoder_config, dtype=jnp.dtype(config.params_dtype), options=options)
-    shapes = flatten(decoder.shapes)
-    placements = {path: place(axes, shapes[path].shape, mesh) for path, axes in decoder.axes.items()}
-    return ModelSetup(directory, decoder_config, raw, decoder, mesh, placements, jnp.dtype(compute), new_rows)
+    options = ComputeOptions(attention, cast(Remat, config.remat), choose_grouped(config.moe, jax.default_backend()))
+    # Nothing updates frozen parameters: they need no wider dtype than what is computed in.
+    dtype = jnp.dtype(compute if config.lora.enabled else config.params_dtype)
+    decoder, lora, quantized = abstract_decoder(decoder_config, dtype=dtype, options=options), None, None
+    if config.lora.enabled:
+        family = hf.find_family(raw["model_type"])
+        decoder, lora, quantized = setup_lora(config, decoder_config, family, decoder, new_rows)
+    placements = {}
+    for described in (decoder, *([quantized.plain] if quantized else [])):
+        shapes = flatten(described.shapes)
+        placements |= {path: place(axes, shapes[path].shape, mesh) for path, axes in described.axes.items()}
+    return ModelSetup(
+        directory, decoder_config, raw, decoder, mesh, placements, jnp.dtype(compute), new_rows, lora, quantized
+    )
 
 
 def load_tokenizer(config: Config) -> Tokenizer:
@@ -211,8 +226,9 @@ def build(config: Config, *, rejects_dir: str | None = None) -> Experiment:
     if problems:
         raise UserErrors(problems)
     tokenizer = load_tokenizer(config)
-    objective = build_objective(config.objective)
-    model = setup_model(config.model, config.mesh, tokenizer, head=objective.head)
+    plain = build_objective(config.objective)
+    model = setup_model(config.model, config.mesh, tokenizer, head=plain.head)
+    objective = add_router_losses(plain, config.model, model.config)
     reduced = config.train.grad_reduce_dtype
     if reduced is not None and reduced != model.compute_dtype.name:
         raise UserError(
@@ -226,8 +242,16 @@ def build(config: Config, *, rejects_dir: str | None = None) -> Experiment:
             f"objective.name = {config.objective.name}: it looks at all pairs of a batch together, which cannot be "
             f"accumulated in {accumulation} parts; set train.micro_batch_size to {config.train.global_batch_size}"
         )
-    shapes = {path: leaf.shape for path, leaf in flatten(model.decoder.shapes).items()}
-    optimizer = partial(make_optimizer, config.optimizer, shapes, new_rows=model.new_row_masks)
+    described = [model.decoder, *([model.quantized.plain] if model.quantized else [])]
+    shapes = {path: leaf.shape for decoder in described for path, leaf in flatten(decoder.shapes).items()}
+    adapter = None if model.lora is None else model.lora.adapter
+    optimizer = partial(
+        make_optimizer,
+        config.optimizer,
+        shapes,
+        new_rows=model.new_row_masks,
+        only=None if adapter is None else adapter.trained(),
+    )
     optimizer(total_steps=1)  # its patterns are checked before the data is read, which tells the number of steps
     data = build_data(
         config,
@@ -240,7 +264,8 @@ def build(config: Config, *, rejects_dir: str | None = None) -> Experiment:
         gather=gather_texts,
         is_main=jax.process_index() == 0,
     )
-    loss = LossSums(model.decoder, objective, model.compute_dtype)
+    dropout = None if model.lora is None else model.lora.dropout
+    loss = LossSums(model.decoder, objective, model.compute_dtype, dropout)
     reference = setup_reference(config, model, tokenizer) if objective.needs_reference else None
     total = data.train.num_steps
     return Experiment(
@@ -249,11 +274,12 @@ def build(config: Config, *, rejects_dir: str | None = None) -> Experiment:
 
 
 def setup_reference(config: Config, model: ModelSetup, tokenizer: Tokenizer) -> ModelSetup:
-    """The model to compare with, on the same mesh: by default the one that is trained, as it was at the start."""
+    """The model to compare with, on the same mesh: by default the one that is trained, as it was at the start, and
+    without its adapter."""
     chosen = config.reference
     if chosen.path is None:
-        return model
-    path = {"path": chosen.path, "revision": chosen.revision}
+        return model.base
+    path = {"path": chosen.path, "revision": chosen.revision, "lora": LoraConfig()}
     reference = setup_model(config.model.model_copy(update=path), config.mesh, tokenizer)
     hf.check_weights(reference.directory, reference.config)
     return reference
@@ -274,12 +300,14 @@ def describe(experiment: Experiment) -> None:
         ("mesh", _mesh_text(model.mesh)),
         ("compute, parameters", f"{model.compute_dtype}, {config.model.params_dtype}"),
         *([("new tokens", model.new_rows.describe(asked))] if asked else []),
+        *([("adapter", model.lora.adapter.describe())] if model.lora else []),
         *(
             [("score head", "new: zeros" if model.new_score else "that of the model")]
             if model.config.num_labels
             else []
         ),
         ("attention, remat", f"{model.decoder.options.attention}, {model.decoder.options.remat}"),
+        *([("experts", _experts_text(experiment))] if model.config.moe else []),
         ("rows per optimizer step", f"{train.global_batch_size} of {train.row_length} tokens"),
         ("accumulation steps x rows", f"{experiment.accumulation} x {experiment.micro_rows}"),
         ("rows per device and accumulation step", f"{experiment.micro_rows // row_shards(model.mesh.shape)}"),
@@ -324,6 +352,14 @@ def _parameter_rows(experiment: Experiment) -> list[tuple[str, ...]]:
         rows.append((path, shape, axes, f"{mebibytes:.2f}", "; ".join(placement.repeated), trained))
         total, per_device = total + math.prod(leaf.shape), per_device + mebibytes
     return [*rows, ("total", f"{total:,}", "", f"{per_device:.2f}", "", "")]
+
+
+def _experts_text(experiment: Experiment) -> str:
+    moe, coefficients = experiment.model.config.moe, experiment.loss.objective.coefficients
+    assert moe is not None
+    losses = [f"{name} {value:g}" for name, value in coefficients.items() if name.startswith("router_")]
+    chosen = f"{moe.num_experts_per_tok} of {moe.num_experts} a token, {experiment.model.decoder.options.grouped}"
+    return f"{chosen}; {', '.join(losses) or 'no router losses'}"
 
 
 def _mesh_text(mesh: Mesh) -> str:

@@ -23,11 +23,11 @@ from posttrain.config import MeshConfig, ModelConfig
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.errors import UserError
 from posttrain.experiment import setup_model
-from posttrain.models import hf
 from posttrain.parallel.mesh import row_shards
 from posttrain.rollout.engine import Completion, Engine, FinishReason, Request
 from posttrain.rollout.prompts import Prompt, read_prompts, render_prompt
 from posttrain.rollout.sampling import SamplingParams
+from posttrain.train.adapters import named_model, named_tokenizer
 from posttrain.train.setup import ModelSetup
 
 LENGTH_STEP = 256
@@ -47,7 +47,9 @@ CHAT_STEPS = 4
 @dataclass(frozen=True, kw_only=True)
 class _ModelOptions:
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """Hugging Face directory or hub id."""
+    """Hugging Face directory, hub id, or the directory of an adapter."""
+    base: str | None = None
+    """Of an adapter: the model that it belongs to; default: the one that it names."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     chat_template: str | None = None
@@ -75,12 +77,16 @@ class _ModelOptions:
         """Raises `UserErrors` for values out of range."""
         return SamplingParams(self.max_new_tokens, self.temperature, self.top_k, self.top_p, self.min_p, self.seed)
 
+    def config(self) -> ModelConfig:
+        """Raises `UserError` for an adapter without its model."""
+        return named_model(self.model, self.base, self.revision, dtype=self.dtype)
+
     def setup(self) -> ModelSetup:
         """The model, placed but not loaded."""
-        return setup_model(ModelConfig(path=self.model, revision=self.revision, dtype=self.dtype), self.mesh)
+        return setup_model(self.config(), self.mesh)
 
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer.load(self.model, revision=self.revision, chat_template=self.chat_template)
+        return named_tokenizer(self.config(), chat_template=self.chat_template)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,13 +125,9 @@ class ChatOptions(_ModelOptions):
 
 def load_engine(setup: ModelSetup, tokenizer: Tokenizer, *, slots: int, max_length: int, steps: int = 16) -> Engine:
     """Reads the weights, in the compute dtype, straight into their places."""
-    abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, setup.compute_dtype, sharding=leaf.sharding),
-        setup.abstract_params,
-    )
     return Engine(
         setup.decoder,
-        hf.load_params(setup.directory, setup.config, abstract),
+        setup.in_dtype(setup.compute_dtype).load(),
         slots=slots,
         max_length=max_length,
         stop_ids=tokenizer.stop_ids,

@@ -28,6 +28,7 @@ from posttrain.objectives.logps import batch_stats
 from posttrain.parallel.mesh import row_shards
 from posttrain.parallel.sharding import global_batch, local_rows, replicated
 from posttrain.records import Batch, Head, Params
+from posttrain.train.adapters import named_model, named_tokenizer
 from posttrain.train.setup import ModelSetup
 
 
@@ -36,7 +37,7 @@ class RowsOptions:
     """What the commands that read a file of rows with a model have in common."""
 
     model: Annotated[str, tyro.conf.Positional]
-    """Hugging Face directory or hub id."""
+    """Hugging Face directory, hub id, or the directory of an adapter."""
     rows: Annotated[str, tyro.conf.Positional]
     """JSONL, JSON or Parquet file."""
     out: str = "-"
@@ -48,19 +49,26 @@ class RowsOptions:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype; auto: bfloat16 on accelerators, float32 on CPU."""
     attention: Literal["auto", "reference", "chunked"] = "auto"
+    base: str | None = None
+    """Of an adapter: the model that it belongs to; default: the one that it names."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def setup(self, head: Head) -> ModelSetup:
         """The model, placed but not loaded."""
-        config = ModelConfig(
-            path=self.model, revision=self.revision, dtype=self.dtype, attention=self.attention, remat="none"
-        )
-        return setup_model(config, self.mesh, head=head)
+        return setup_model(self._config(), self.mesh, head=head)
 
-    def tokenizer(self) -> Tokenizer:
-        return Tokenizer.load(self.model, revision=self.revision)
+    def tokenizer(self, setup: ModelSetup) -> Tokenizer:
+        """That of the model, or of the adapter."""
+        tokenizer = named_tokenizer(self._config())
+        tokenizer.embedding_rows = setup.config.vocab_size
+        return tokenizer
+
+    def _config(self) -> ModelConfig:
+        return named_model(
+            self.model, self.base, self.revision, dtype=self.dtype, attention=self.attention, remat="none"
+        )
 
     def open_output(self) -> AbstractContextManager[IO[str]]:
         """What process 0 writes to; others get standard output. Raises `UserError` where the file exists."""
@@ -85,7 +93,7 @@ class LogprobsOptions(RowsOptions):
 def logprobs(options: LogprobsOptions) -> None:
     """The command. Raises `UserErrors` with every bad row, before the model is loaded."""
     setup = options.setup("lm")
-    tokenizer = options.tokenizer()
+    tokenizer = options.tokenizer(setup)
     found = read_samples(options.rows, setup.config.vocab_size, lambda rows: encode_rows(rows, tokenizer))
     samples = [sample for of_row in found for sample in of_row]
     out = options.open_output()

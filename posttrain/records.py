@@ -121,6 +121,19 @@ class LabelledLogps:
     0 for a loss that does not ask for it."""
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RouterStats:
+    """What the routers of a mixture of experts did, summed over real tokens and layers; f32."""
+
+    load: Leaf
+    """`[E]`: how many times each expert was chosen."""
+    probability: Leaf
+    """`[E]`: of each expert, the softmax over all of them."""
+    squared_lse: Leaf
+    """Scalar: the squared log-sum-exp of the logits."""
+
+
 Reduction = Literal["mean", "sum", "min", "max"]
 
 
@@ -130,21 +143,22 @@ class Metric:
     """A value that knows how it combines over micro-batches and steps. Only `mean` uses the weight."""
 
     total: Leaf
-    """f32 scalar (`[A]` where stacked over micro-batches)."""
+    """f32 scalar, or an array where the value is one (with a leading `A` where stacked over micro-batches)."""
     weight: Leaf
+    """f32 scalar."""
     reduction: Reduction = field(metadata={"static": True}, default="mean")
 
     def over_micro_batches(self) -> "Metric":
         """The metric of the union of all micro-batches, from values stacked over them."""
         reduce = {"mean": jnp.sum, "sum": jnp.sum, "min": jnp.min, "max": jnp.max}[self.reduction]
-        return Metric(reduce(self.total), jnp.sum(self.weight), self.reduction)
+        return Metric(reduce(self.total, axis=0), jnp.sum(self.weight), self.reduction)
 
     def plus(self, other: "Metric") -> "Metric":
         """The metric of both."""
         stacked = Metric(jnp.stack([self.total, other.total]), jnp.stack([self.weight, other.weight]), self.reduction)
         return stacked.over_micro_batches()
 
-    def value(self) -> Float[Array, ""]:
+    def value(self) -> Float[Array, "..."]:
         """The number to log; 0 for a mean over nothing."""
         if self.reduction != "mean":
             return self.total
@@ -174,6 +188,8 @@ class Difference:
 
 Metrics = dict[str, Metric | Difference]
 Scalars = dict[str, Float[Array, ""]]
+Statistics = dict[str, Float[Array, "..."]]
+"""What terms must know of a whole batch, by name."""
 
 
 Head = Literal["lm", "score"]
@@ -185,6 +201,11 @@ class Model(Protocol):
 
     @property
     def vocab_size(self) -> int: ...
+
+    @property
+    def logit_softcap(self) -> float | None:
+        """What bounds logits: `cap * tanh(logits / cap)`; None: nothing does."""
+        ...
 
     def hidden(self, batch: Batch) -> Float[Array, "B T D"]:
         """Final hidden states of packed rows."""
@@ -244,7 +265,7 @@ class Objective(Protocol):
         """A part's share of what the terms must know of the whole batch; taken without gradient. Empty for most."""
         ...
 
-    def terms(self, model: Model, batch: Batch, statistics: Scalars | None = None) -> tuple[Scalars, Metrics]:
+    def terms(self, model: Model, batch: Batch, statistics: Statistics | None = None) -> tuple[Scalars, Metrics]:
         """Each term's numerator, and what to log. `statistics` are the values of those of the whole batch; None where
         `batch` is the whole."""
         ...

@@ -44,7 +44,7 @@ def score(options: ScoreOptions) -> None:
             f"{options.model}: a language model, without a score; train a reward model that starts from it with "
             "objective.name reward, or use posttrain logprobs"
         )
-    tokenizer = options.tokenizer()
+    tokenizer = options.tokenizer(setup)
     rows = read_samples(options.rows, setup.config.vocab_size, partial(encode_answers, tokenizer=tokenizer))
     out = options.open_output()
     samples = [sample for of_row in rows for sample in of_row]

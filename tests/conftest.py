@@ -42,3 +42,12 @@ def smollm2() -> Path:
     if not path or not Path(path, "config.json").is_file():
         pytest.skip("POSTTRAIN_SMOLLM2 does not name an imported SmolLM2 directory (see README, Tests)")
     return Path(path)
+
+
+@pytest.fixture(scope="session")
+def gemma3() -> Path:
+    """Gemma 3 270M as an imported Hugging Face directory, for acceptance tests only."""
+    path = os.environ.get("POSTTRAIN_GEMMA3", "")
+    if not path or not Path(path, "config.json").is_file():
+        pytest.skip("POSTTRAIN_GEMMA3 does not name an imported Gemma 3 270M directory (see README, Tests)")
+    return Path(path)

@@ -105,6 +105,14 @@ def template_marks(row: Row, tokenizer: Tokenizer) -> tuple[Int32[np.ndarray, "n
     return tokens, marked
 
 
+def _check_rows(row: Row, tokens: Int32[np.ndarray, "n"], tokenizer: Tokenizer) -> None:
+    """Raises BadRow where the model has no embedding for one of the tokens."""
+    if tokenizer.embedding_rows is not None and tokens.max(initial=0) >= tokenizer.embedding_rows:
+        token = tokenizer.decode(tokens[tokens >= tokenizer.embedding_rows][:1].tolist())
+        reason = f"{token!r} is a token that the model has no embedding for; fix: take it out of the text"
+        raise BadRow(row.file, row.line, "", reason)
+
+
 # ---- plain text -----------------------------------------------------------------------------------------------------
 
 
@@ -129,6 +137,7 @@ def _plain_sample(
     weights = np.zeros(len(tokens), np.float32)
     weights[start:] = 1
     weights[:1] = 0  # nothing stands before a segment's first token to predict it from
+    _check_rows(row, tokens, tokenizer)
     if not weights.any():
         raise BadRow(row.file, row.line, "", "no token of this row would be trained; fix: leave it out")
     return Sample(tokens, weights, row.file, row.line)
@@ -155,6 +164,7 @@ def _conversation_sample(
     part: Rendered, tokens: Int32[np.ndarray, "n"], offsets: Int32[np.ndarray, "n 2"], tokenizer: Tokenizer
 ) -> Sample:
     """The spans' weights on their tokens, once each boundary is verified in token ids. Raises BadRow."""
+    _check_rows(part.row, tokens, tokenizer)
     weights = np.zeros(len(tokens), np.float32)
     cuts = np.flatnonzero(tokenizer.is_cut(tokens))
     for span in part.spans:

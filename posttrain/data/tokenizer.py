@@ -55,6 +55,9 @@ class Tokenizer:
         self.source = source
         self.new_tokens = dict(new_tokens or {})
         """The tokens that were added to the vocabulary as it was loaded, with their ids: its highest."""
+        self.embedding_rows: int | None = None
+        """Of the model that it is used with, once that is known. Gemma 3's `<image_soft_token>` is a token of text
+        models too, which have no row for it: a text that holds such a token cannot be used."""
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         """Variables that the chat template sees in every conversation."""
         if reserved := sorted(set(self.chat_template_kwargs) & set(RESERVED_KWARGS)):
@@ -131,9 +134,14 @@ class Tokenizer:
         return frozenset(self.added_tokens.values())
 
     @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """Those of `added_tokens` that are no text, but control what it is."""
+        return {t.content: id for id, t in self._backend.get_added_tokens_decoder().items() if t.special}
+
+    @cached_property
     def special_ids(self) -> frozenset[int]:
         """Those of `added_ids` that are no text, but control what it is."""
-        return frozenset(id for id, token in self._backend.get_added_tokens_decoder().items() if token.special)
+        return frozenset(self.special_tokens.values())
 
     @cached_property
     def cut_ids(self) -> frozenset[int]:
@@ -191,9 +199,21 @@ class Tokenizer:
         """Whether the template asks for the time."""
         return "strftime_now" in (self.chat_template or "")
 
-    @cached_property
+    @property
+    def tokens_without_row(self) -> dict[str, int]:
+        """Tokens that the model has no embedding for, and their ids."""
+        if self.embedding_rows is None or self.embedding_rows >= self.vocab_size:
+            return {}
+        return {token: id for token, id in self._hf.get_vocab().items() if id >= self.embedding_rows}
+
+    @property
     def fingerprint(self) -> str:
-        """Hash of all that changes ids or rendering. The clock counts only where it was given."""
+        """Hash of all that changes ids or rendering, and what text is refused."""
+        return f"{self._own_fingerprint}-{self.embedding_rows}" if self.tokens_without_row else self._own_fingerprint
+
+    @cached_property
+    def _own_fingerprint(self) -> str:
+        """The clock counts only where it was given."""
         parts = {
             "tokenizer": self._backend.to_str(),
             "split_special_tokens": self._backend.encode_special_tokens,

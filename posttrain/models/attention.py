@@ -5,11 +5,15 @@ Implementations of the former differ in cost only:
 
 - `reference`: the formula. Time and memory grow with T^2.
 - `chunked`: blocks of queries against blocks of keys with an online softmax (FlashAttention-2, arXiv:2307.08691) in
-  plain JAX, for every backend. Memory grows with T. Blocks of the future and of other segments are skipped at run
-  time, so a row of many short segments costs what its segments cost.
+  plain JAX, for every backend. Memory grows with T. Blocks of the future, of other segments and beyond the window are
+  skipped at run time, so a row of many short segments costs what its segments cost.
 
 Within a row a segment is one contiguous run of equal ids. Id 0 is padding: it attends to nothing, nothing attends to
 it, and its output is zero. Scores, softmax and all accumulation are float32, whatever the inputs are.
+
+With a `window` a token sees itself and the `window - 1` tokens before it (`sliding_window` of Hugging Face configs). It
+may be an array, since the layers of a model may differ in it. A `softcap` bounds scores smoothly before the softmax:
+`cap * tanh(score / cap)` (Gemma 2).
 
 For remat policies such as `jax.checkpoint_policies.save_only_these_names`, the values that the backward pass needs are
 named: `attn_q`, `attn_k`, `attn_v` (the inputs), `attn_out` and, in `chunked`, `attn_lse` (log-sum-exp of each query's
@@ -19,18 +23,40 @@ products does not, because they are inside of a loop.
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from posttrain.errors import UserError
+from posttrain.models.layers import softcapped
 
 # A score that no real one reaches; finite, so that a row in which every score is masked stays free of NaN.
 MASKED = -1e30
+# A window that no row is longer than.
+NO_LIMIT = np.iinfo(np.int32).max
+
+Window = Int32[Array | np.ndarray, ""]
+
+
+@dataclass(frozen=True)
+class Score:
+    """How a product of a query and a key becomes a score."""
+
+    scale: float
+    softcap: float | None
+
+    def __call__(self, products: Float32[Array, "..."]) -> Float32[Array, "..."]:
+        return softcapped(products * self.scale, self.softcap)
+
+    def slope(self, scores: Float32[Array, "..."]) -> Float32[Array, "..."] | float:
+        """Derivative by `scale * product`, from the scores themselves: 1 - tanh^2."""
+        return 1.0 if self.softcap is None else 1.0 - jnp.square(scores / self.softcap)
 
 
 def attention(
@@ -41,8 +67,10 @@ def attention(
     *,
     implementation: str,
     scale: float | None = None,
+    softcap: float | None = None,
+    window: Int32[Array, ""] | int | None = None,
 ) -> Float[Array, "B T N H"]:
-    """softmax(scale * q k^T) v over the keys of the same segment at or before the query.
+    """softmax(scale * q k^T) v over the keys of the same segment, at or before the query and within its window.
 
     Query head n reads key/value head n // (N / K). `scale` is H^-0.5 unless given. The result has the dtype of `q`; at
     padding it is zero and passes zero gradient. Gradients across segments are exactly zero.
@@ -54,7 +82,9 @@ def attention(
         known = ", ".join(sorted(IMPLEMENTATIONS))
         raise UserError(f"model.attention: unknown implementation {implementation!r}; known are: {known}")
     q, k, v = checkpoint_name(q, "attn_q"), checkpoint_name(k, "attn_k"), checkpoint_name(v, "attn_v")
-    return IMPLEMENTATIONS[implementation](q, k, v, segment_ids, q.shape[-1] ** -0.5 if scale is None else scale)
+    score = Score(q.shape[-1] ** -0.5 if scale is None else scale, softcap)
+    reach = jnp.asarray(NO_LIMIT if window is None else window, jnp.int32)
+    return IMPLEMENTATIONS[implementation](q, k, v, segment_ids, reach, score)
 
 
 def cached_attention(
@@ -64,10 +94,12 @@ def cached_attention(
     mask: Bool[Array, "B T S"],
     *,
     scale: float | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "B T N H"]:
     """softmax(scale * q k^T) v over the cache slots that `mask` allows; zeros where it allows none."""
     T, K, group = q.shape[1], k.shape[2], q.shape[2] // k.shape[2]
-    scores = _dot("bkmh,bskh->bkms", _fold(q, K), k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    score = Score(q.shape[-1] ** -0.5 if scale is None else scale, softcap)
+    scores = score(_dot("bkmh,bskh->bkms", _fold(q, K), k))
     seen = jnp.tile(mask, (1, group, 1))[:, None]
     scores = jnp.where(seen, scores, MASKED)
     p = jnp.where(seen, jnp.exp(scores - lax.stop_gradient(scores.max(-1, keepdims=True))), 0.0)
@@ -81,13 +113,16 @@ def reference(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     segment_ids: Int[Array, "B T"],
-    scale: float,
+    window: Window,
+    score: Score,
 ) -> Float[Array, "B T N H"]:
     """The formula over the whole [T, T] mask."""
     index = jnp.arange(q.shape[1])
+    distance = index[:, None] - index[None, :]
     same = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (segment_ids != 0)[:, :, None]
-    mask = same & (index[:, None] >= index[None, :])[None]
-    return checkpoint_name(cached_attention(q, k, v, mask, scale=scale), "attn_out")
+    mask = same & ((distance >= 0) & (distance < window))[None]
+    mixed = cached_attention(q, k, v, mask, scale=score.scale, softcap=score.softcap)
+    return checkpoint_name(mixed, "attn_out")
 
 
 _dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -118,7 +153,8 @@ def chunked(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     segment_ids: Int[Array, "B T"],
-    scale: float,
+    window: Window,
+    score: Score,
 ) -> Float[Array, "B T N H"]:
     """Blockwise attention in memory linear in T; see the top of this file."""
     T = q.shape[1]
@@ -126,7 +162,7 @@ def chunked(
     if padding := -T % block:
         q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v))
         segment_ids = jnp.pad(segment_ids, ((0, 0), (0, padding)))
-    return _blockwise(q, k, v, segment_ids, scale, block)[:, :T]
+    return _blockwise(q, k, v, segment_ids, window, score, block)[:, :T]
 
 
 class _Plan(NamedTuple):
@@ -141,12 +177,13 @@ class _Plan(NamedTuple):
     """Last key that the query sees: itself."""
 
 
-def _plan(segment_ids: Int[Array, "B T"], block: int, group: int) -> _Plan:
+def _plan(segment_ids: Int[Array, "B T"], window: Window, block: int, group: int) -> _Plan:
     B, T = segment_ids.shape
     Q = T // block
     token = jnp.arange(T, dtype=jnp.int32)
     starts = jnp.concatenate([jnp.ones((B, 1), bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
     first = lax.cummax(jnp.where(starts, token[None], 0), axis=1)
+    first = jnp.maximum(first, token[None] - window + 1)
     first = jnp.where(segment_ids == 0, T, first).reshape(B, Q, block).swapaxes(0, 1)
     index = jnp.arange(Q, dtype=jnp.int32)
     count = jnp.maximum(index + 1 - first.min((1, 2)) // block, 0)
@@ -177,11 +214,11 @@ def _slice(x: Array, start: Int[Array, ""], size: int, axis: int) -> Array:
     return lax.dynamic_slice_in_dim(x, start * size, size, axis)
 
 
-def _blockwise_output(q, k, v, segment_ids, scale: float, block: int) -> Array:
-    return _blockwise_forward(q, k, v, segment_ids, scale, block)[0]
+def _blockwise_output(q, k, v, segment_ids, window, score: Score, block: int) -> Array:
+    return _blockwise_forward(q, k, v, segment_ids, window, score, block)[0]
 
 
-def _blockwise_forward(q, k, v, segment_ids, scale: float, block: int):
+def _blockwise_forward(q, k, v, segment_ids, window, score: Score, block: int):
     B, T, N, H = q.shape
     K, Q, M = k.shape[2], T // block, N // k.shape[2] * block
     keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
@@ -197,7 +234,7 @@ def _blockwise_forward(q, k, v, segment_ids, scale: float, block: int):
             vj = lax.dynamic_slice_in_dim(values, start * block, size, 2)
             key = start * block + jnp.arange(size, dtype=jnp.int32)
             seen = (key[None, None] >= plan.first[:, :, None]) & (key[None] <= plan.last[:, None])[None]
-            scores = jnp.where(seen[:, None], _dot("bkmh,bknh->bkmn", qi, kj) * scale, MASKED)
+            scores = jnp.where(seen[:, None], score(_dot("bkmh,bknh->bkmn", qi, kj)), MASKED)
             new_top = jnp.maximum(top, scores.max(-1))
             p = jnp.exp(scores - new_top[..., None])
             keep = jnp.exp(top - new_top)
@@ -215,18 +252,18 @@ def _blockwise_forward(q, k, v, segment_ids, scale: float, block: int):
         return (update(out, oi, plan.index * block, 1), update(lse, li, plan.index * block, 2)), None
 
     start = (jnp.zeros_like(q), jnp.zeros((B, N, T), jnp.float32))
-    (out, lse), _ = lax.scan(query_block, start, _plan(segment_ids, block, N // K))
+    (out, lse), _ = lax.scan(query_block, start, _plan(segment_ids, window, block, N // K))
     out, lse = checkpoint_name(out, "attn_out"), checkpoint_name(lse, "attn_lse")
-    return out, (q, k, v, segment_ids, out, lse)
+    return out, (q, k, v, segment_ids, window, out, lse)
 
 
-def _blockwise_backward(scale: float, block: int, residuals, dout):
+def _blockwise_backward(score: Score, block: int, residuals, dout):
     """FlashAttention-2's backward pass.
 
     Scores are formed with keys as rows: then the products for dk, dv and (with the keys transposed) dq all read them as
     they lie in memory, without which matrix products on CPU take twice the time.
     """
-    q, k, v, segment_ids, out, lse = residuals
+    q, k, v, segment_ids, window, out, lse = residuals
     B, T, N, H = q.shape
     K, Q, M = k.shape[2], T // block, N // k.shape[2] * block
     keys, values, keys_transposed = k.swapaxes(1, 2), v.swapaxes(1, 2), k.transpose(0, 2, 3, 1)
@@ -243,10 +280,10 @@ def _blockwise_backward(scale: float, block: int, residuals, dout):
             kj, vj = (lax.dynamic_slice_in_dim(x, at, size, 2) for x in (keys, values))
             key = at + jnp.arange(size, dtype=jnp.int32)
             seen = (key[None, :, None] >= plan.first[:, None]) & (key[:, None] <= plan.last[None])[None]
-            scores = _dot("bknh,bkmh->bknm", kj, qi) * scale - li[:, :, None]
-            p = jnp.exp(jnp.where(seen[:, None], scores, MASKED))
+            scores = score(_dot("bknh,bkmh->bknm", kj, qi))
+            p = jnp.exp(jnp.where(seen[:, None], scores - li[:, :, None], MASKED))
             dp = _dot("bknh,bkmh->bknm", vj, doi)
-            ds = (p * (dp - delta[:, :, None])).astype(q.dtype)
+            ds = (p * (dp - delta[:, :, None]) * score.slope(scores)).astype(q.dtype)
             dvj = _dot("bknm,bkmh->bknh", p.astype(q.dtype), doi)
             dkj = _dot("bknm,bkmh->bknh", ds, qi)
             kj_transposed = lax.dynamic_slice_in_dim(keys_transposed, at, size, 3)
@@ -254,12 +291,13 @@ def _blockwise_backward(scale: float, block: int, residuals, dout):
             return dqi, _add_slice(dk, dkj, at), _add_slice(dv, dvj, at)
 
         dqi, dk, dv = _over_tiles(plan, Q, tile, (jnp.zeros((B, K, H, M), jnp.float32), dk, dv))
-        dqi = _unfold(dqi.swapaxes(2, 3) * scale, block).astype(q.dtype)
+        dqi = _unfold(dqi.swapaxes(2, 3) * score.scale, block).astype(q.dtype)
         return (lax.dynamic_update_slice_in_dim(dq, dqi, plan.index * block, 1), dk, dv), None
 
     zero = jnp.zeros((B, K, T, H), jnp.float32)
-    (dq, dk, dv), _ = lax.scan(query_block, (jnp.zeros_like(q), zero, zero), _plan(segment_ids, block, N // K))
-    return dq, (dk * scale).swapaxes(1, 2).astype(k.dtype), dv.swapaxes(1, 2).astype(v.dtype), None
+    plan = _plan(segment_ids, window, block, N // K)
+    (dq, dk, dv), _ = lax.scan(query_block, (jnp.zeros_like(q), zero, zero), plan)
+    return dq, (dk * score.scale).swapaxes(1, 2).astype(k.dtype), dv.swapaxes(1, 2).astype(v.dtype), None, None
 
 
 def _add_slice(x: Float32[Array, "B K T H"], part: Float32[Array, "B K n H"], at) -> Float32[Array, "B K T H"]:
@@ -267,7 +305,7 @@ def _add_slice(x: Float32[Array, "B K T H"], part: Float32[Array, "B K n H"], at
     return lax.dynamic_update_slice_in_dim(x, old + part, at, 2)
 
 
-_blockwise = jax.custom_vjp(_blockwise_output, nondiff_argnums=(4, 5))
+_blockwise = jax.custom_vjp(_blockwise_output, nondiff_argnums=(5, 6))
 _blockwise.defvjp(_blockwise_forward, _blockwise_backward)
 
 IMPLEMENTATIONS: dict[str, Callable[..., Float[Array, "B T N H"]]] = {"reference": reference, "chunked": chunked}

@@ -3,61 +3,26 @@
 Families (`llama.py` ...) translate Hugging Face configs into a `DecoderConfig`; nothing here knows their names.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int, Int32
 
+from posttrain.models.architecture import DecoderConfig, LayerKind
 from posttrain.models.attention import attention, cached_attention
-from posttrain.models.layers import (
-    Embedding,
-    GatedMLP,
-    Head,
-    Linear,
-    RMSNorm,
-    RopeConfig,
-    ScoreHead,
-    apply_rope,
-    rope_angles,
-)
+from posttrain.models.block import Block, width_norm
+from posttrain.models.layers import Embedding, Head, ScoreHead
+from posttrain.models.rope import rope_angles
 from posttrain.parallel.sharding import constrain, flatten, unflatten
-from posttrain.records import Batch, Leaf, Params
-
-VOCAB_MULTIPLE = 128
-"""The vocabulary is padded to it in memory, so that every usual tensor axis divides it."""
+from posttrain.records import Batch, Leaf, Params, RouterStats
 
 Remat = Literal["none", "minimal", "dots", "full"]
-
-
-@dataclass(frozen=True)
-class DecoderConfig:
-    """Architecture, with the names that Hugging Face configs use."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float = 1e-6
-    rope: RopeConfig = field(default_factory=RopeConfig)
-    max_position_embeddings: int = 2048
-    tie_word_embeddings: bool = False
-    attention_bias: bool = False
-    mlp_bias: bool = False
-    hidden_act: str = "silu"
-    num_labels: int = 0
-    """0: a language model. 1: a reward model, which has a score (`score_head`) and no vocabulary projection."""
-
-    @property
-    def padded_vocab_size(self) -> int:
-        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 @dataclass(frozen=True)
@@ -66,6 +31,8 @@ class ComputeOptions:
 
     attention: str = "chunked"
     remat: Remat = "none"
+    grouped: str = "ragged"
+    """One of `grouped.IMPLEMENTATIONS`, for experts."""
 
 
 @jax.tree_util.register_dataclass
@@ -82,42 +49,6 @@ def init_cache(config: DecoderConfig, slots: int, length: int, dtype: DTypeLike)
     """An empty cache."""
     shape = (config.num_hidden_layers, slots, length, config.num_key_value_heads, config.head_dim)
     return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-
-
-class Attention(nnx.Module):
-    """Grouped-query attention (Ainslie et al. 2023)."""
-
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
-        c, bias = config, config.attention_bias
-        embed = {"embed": c.hidden_size}
-        queries = {"heads": c.num_attention_heads, "head_size": c.head_dim}
-        keys = {"kv_heads": c.num_key_value_heads, "head_size": c.head_dim}
-        self.q = Linear(embed, queries, bias=bias, rngs=rngs, dtype=dtype)
-        self.k = Linear(embed, keys, bias=bias, rngs=rngs, dtype=dtype)
-        self.v = Linear(embed, keys, bias=bias, rngs=rngs, dtype=dtype)
-        self.o = Linear(queries, embed, bias=bias, rngs=rngs, dtype=dtype)
-
-    def project(
-        self, x: Float[Array, "B T D"], cos: Float[Array, "B T half"], sin: Float[Array, "B T half"]
-    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
-        """Queries and keys with rotary positions, values."""
-        return apply_rope(self.q(x), cos, sin), apply_rope(self.k(x), cos, sin), self.v(x)
-
-
-class Block(nnx.Module):
-    """Pre-norm attention and MLP."""
-
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
-        c = config
-        self.attn_norm = RMSNorm(c.hidden_size, c.rms_norm_eps, rngs=rngs, dtype=dtype)
-        self.attn = Attention(c, rngs=rngs, dtype=dtype)
-        self.mlp_norm = RMSNorm(c.hidden_size, c.rms_norm_eps, rngs=rngs, dtype=dtype)
-        self.mlp = GatedMLP(c.hidden_size, c.intermediate_size, c.hidden_act, bias=c.mlp_bias, rngs=rngs, dtype=dtype)
-
-    def finish(self, x: Float[Array, "B T D"], mixed: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
-        """Everything after the attention itself."""
-        x = x + self.attn.o(mixed)
-        return constrain(x + self.mlp(self.mlp_norm(x)), "rows", "tokens", "width")
 
 
 class Decoder(nnx.Module):
@@ -142,7 +73,7 @@ class Decoder(nnx.Module):
             return Block(c, rngs=rngs, dtype=dtype)
 
         self.layers = stack(rngs)
-        self.final_norm = RMSNorm(c.hidden_size, c.rms_norm_eps, rngs=rngs, dtype=dtype)
+        self.final_norm = width_norm(c, rngs=rngs, dtype=dtype)
         untied = not (c.tie_word_embeddings or c.num_labels)
         self.lm_head = Head(c.padded_vocab_size, c.hidden_size, rngs=rngs, dtype=dtype) if untied else None
         self.score = ScoreHead(c.num_labels, c.hidden_size, rngs=rngs, dtype=dtype) if c.num_labels else None
@@ -150,6 +81,10 @@ class Decoder(nnx.Module):
     @property
     def vocab_size(self) -> int:
         return self.config.vocab_size
+
+    @property
+    def logit_softcap(self) -> float | None:
+        return self.config.logit_softcap
 
     def head(self) -> Float[Array, "V D"]:
         """The output embedding; rows beyond `vocab_size` are padding. Raises `ValueError` for a reward model."""
@@ -163,29 +98,59 @@ class Decoder(nnx.Module):
             raise ValueError("a language model has no score head")
         return self.score.kernel[...]
 
+    def _embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        x = self.embed(tokens)
+        return x if self.config.embed_scale is None else x * jnp.asarray(self.config.embed_scale, x.dtype)
+
+    def _kinds(self, positions: Int[Array, "B T"], lengths: Int[Array, "B T"]) -> "_Kinds":
+        """What the layers do differently to these tokens."""
+        c = self.config
+        distinct = tuple(dict.fromkeys(c.kinds))
+        angles = {rope: self._angles(rope, positions, lengths) for rope in dict.fromkeys(k.rope for k in distinct)}
+        cos, sin = (jnp.stack([angles[k.rope][part] for k in distinct]) for part in (0, 1))
+        return _Kinds(distinct, cos, sin, jnp.asarray([distinct.index(kind) for kind in c.kinds], jnp.int32))
+
     def _angles(
-        self, positions: Int[Array, "B T"], lengths: Int[Array, "B T"]
+        self, rope: int | None, positions: Int[Array, "B T"], lengths: Int[Array, "B T"]
     ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
         c = self.config
-        return rope_angles(c.rope, c.head_dim, c.max_position_embeddings, positions, lengths)
+        if rope is not None:
+            return rope_angles(c.ropes[rope], c.head_dim, c.max_position_embeddings, positions, lengths)
+        # A turn by no angle, which changes no bit: layers with and without rotary positions stay one program.
+        shape = (*positions.shape, (c.rope.rotary_dim or c.head_dim) // 2)
+        return jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
 
     def hidden(self, batch: Batch) -> Float[Array, "B T D"]:
         """Final hidden states of packed rows `[B, T]`; attention is causal and never crosses segments."""
-        segment_ids, positions = jnp.asarray(batch.segment_ids), jnp.asarray(batch.positions)
-        lengths = _segment_lengths(segment_ids, positions) if self.config.rope.scaling == "dynamic" else positions
-        cos, sin = self._angles(positions, lengths)
-        x = constrain(self.embed(jnp.asarray(batch.tokens)), "rows", "tokens", "width")
+        return self.hidden_and_router(batch)[0]
+
+    def hidden_and_router(self, batch: Batch) -> tuple[Float[Array, "B T D"], RouterStats | None]:
+        """The same, and what the routers did, if there are any."""
+        c, segment_ids, positions = self.config, jnp.asarray(batch.segment_ids), jnp.asarray(batch.positions)
+        by_length = any(rope.by_length for rope in c.ropes)
+        kinds = self._kinds(positions, _segment_lengths(segment_ids, positions) if by_length else positions)
+        x = constrain(self._embed(jnp.asarray(batch.tokens)), "rows", "tokens", "width")
         graph, state = nnx.split(self.layers)
 
-        def layer(x: Array, state: Any) -> tuple[Array, None]:
+        def layer(x: Array, inputs: tuple[Any, Array]) -> tuple[Array, RouterStats | None]:
+            state, index = inputs
             block = nnx.merge(graph, state)
-            q, k, v = block.attn.project(block.attn_norm(x), cos, sin)
+            q, k, v = block.project(x, *kinds.angles(index))
             q, k, v = (checkpoint_name(a, "qkv") for a in (q, k, v))
-            mixed = attention(q, k, v, segment_ids, implementation=self.options.attention)
-            return block.finish(x, mixed), None
+            mixed = attention(
+                q,
+                k,
+                v,
+                segment_ids,
+                implementation=self.options.attention,
+                scale=c.attention_scale,
+                softcap=c.attn_softcap,
+                window=kinds.window(index),
+            )
+            return block.finish(x, mixed, segment_ids > 0, grouped=self.options.grouped)
 
-        x, _ = jax.lax.scan(_remat(layer, self.options.remat), x, state)
-        return self.final_norm(x)
+        x, stats = jax.lax.scan(_remat(layer, self.options.remat), x, (state, kinds.of_layer))
+        return self.final_norm(x), jax.tree.map(lambda s: s.sum(0), stats)
 
     def extend(
         self,
@@ -194,19 +159,24 @@ class Decoder(nnx.Module):
         slots: Int[Array, "B"] | None,
         cache: KVCache,
         *,
+        lengths: Int[Array, "B"] | None = None,
         window: int | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """Appends tokens to cache slots and returns their final hidden states `[B, T, D]`.
 
         Token t of row b is written at `positions[b, t]` of slot `slots[b]` (None: row b is slot b, for all slots) and
-        sees the slot up to that position. Only the first `window` positions are read (default: all); they must cover
-        every token's own. Positions past the end of a prompt may hold padding: it is overwritten before anything sees
-        it. What lies outside the cache, slots or positions, is not written.
+        sees the slot up to that position, as far back as its layer's window. Only the first `window` positions of the
+        cache are read (default: all); they must cover every token's own. Positions past the end of a prompt may hold
+        padding: it is overwritten before anything sees it. What lies outside the cache, slots or positions, is not
+        written. `lengths` are those of the whole sequences, which rotary scalings `by_length` look at (default: each
+        token is the last).
         """
-        cos, sin = self._angles(positions, positions + 1)
-        x = self.embed(tokens)
+        c = self.config
+        reach = positions + 1 if lengths is None else jnp.broadcast_to(lengths[:, None], positions.shape)
+        kinds = self._kinds(positions, reach)
+        x = self._embed(tokens)
         window = cache.k.shape[2] if window is None else window
-        mask: Bool[Array, "B T S"] = jnp.arange(window)[None, None] <= positions[..., None]
+        distance = positions[..., None] - jnp.arange(window)[None, None]
         rows = jnp.arange(cache.k.shape[1]) if slots is None else slots
         graph, state = nnx.split(self.layers)
 
@@ -216,20 +186,52 @@ class Decoder(nnx.Module):
                 return jax.lax.dynamic_slice(stack, start, (1, stack.shape[1], window, *stack.shape[3:]))[0]
             return stack.at[index, slots, :window].get(mode="clip")
 
-        def layer(carry: tuple[Array, Array, Array], inputs: tuple[Any, Array]) -> tuple[Any, None]:
+        def layer(carry: tuple[Array, Array, Array], inputs: tuple[Any, Array, Array]) -> tuple[Any, None]:
             x, k_cache, v_cache = carry
-            state, index = inputs
+            state, kind, index = inputs
             block = nnx.merge(graph, state)
-            q, k, v = block.attn.project(block.attn_norm(x), cos, sin)
+            q, k, v = block.project(x, *kinds.angles(kind))
             where = (index, rows[:, None], positions)
             k_cache = k_cache.at[where].set(k.astype(k_cache.dtype), mode="drop")
             v_cache = v_cache.at[where].set(v.astype(v_cache.dtype), mode="drop")
-            mixed = cached_attention(q, read(k_cache, index), read(v_cache, index), mask)
-            return (block.finish(x, mixed), k_cache, v_cache), None
+            sees = kinds.window(kind)
+            mask = (distance >= 0) if sees is None else (distance >= 0) & (distance < sees)
+            old_and_new = read(k_cache, index), read(v_cache, index)
+            mixed = cached_attention(q, *old_and_new, mask, scale=c.attention_scale, softcap=c.attn_softcap)
+            x, _ = block.finish(x, mixed, jnp.ones(tokens.shape, bool), grouped=self.options.grouped)
+            return (x, k_cache, v_cache), None
 
-        layers = jnp.arange(self.config.num_hidden_layers)
-        (x, k, v), _ = jax.lax.scan(layer, (x, cache.k, cache.v), (state, layers))
+        layers = jnp.arange(c.num_hidden_layers)
+        (x, k, v), _ = jax.lax.scan(layer, (x, cache.k, cache.v), (state, kinds.of_layer, layers))
         return self.final_norm(x), KVCache(k, v)
+
+
+@dataclass(frozen=True)
+class _Kinds:
+    """The distinct kinds of layers, of which each layer of the scan picks its own by index.
+
+    Windows and angles are all that differs, so that they are data to the scanned layer: any pattern compiles as one
+    layer, and no weight is cut out of its stack. With a single kind nothing is picked at run time.
+    """
+
+    distinct: tuple[LayerKind, ...]
+    cos: Float[Array, "kinds B T half"]
+    sin: Float[Array, "kinds B T half"]
+    of_layer: Int32[Array, " L"]
+    """Which of the distinct kinds."""
+
+    def angles(self, index: Int[Array, ""]) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
+        if len(self.distinct) == 1:
+            return self.cos[0], self.sin[0]
+        cos, sin = (jax.lax.dynamic_index_in_dim(x, index, keepdims=False) for x in (self.cos, self.sin))
+        return cos, sin
+
+    def window(self, index: Int[Array, ""]) -> Int32[Array, ""] | int | None:
+        windows = tuple(kind.window for kind in self.distinct)
+        if len(set(windows)) == 1:
+            return windows[0]
+        no_limit = np.iinfo(np.int32).max
+        return jnp.asarray([no_limit if w is None else w for w in windows], jnp.int32)[index]
 
 
 def _segment_lengths(segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Int[Array, "B T"]:
@@ -249,15 +251,20 @@ def _segment_lengths(segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"
 def _remat(layer: Any, remat: Remat) -> Any:
     """What the backward pass recomputes, by name."""
     policies = jax.checkpoint_policies
-    kept = policies.save_only_these_names("attn_out", "attn_lse")
-    if remat == "none":
-        return layer
+    kept = policies.save_only_these_names("attn_out", "attn_lse", "experts")
     policy = {
+        "none": _but_gathered,
         "minimal": policies.save_from_both_policies(policies.dots_saveable, kept),
-        "dots": policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, kept),
+        # By name: an adapter's product is as large as its layer's, and only their sum is needed.
+        "dots": policies.save_only_these_names("linear", "lora", "experts", "attn_out", "attn_lse"),
         "full": policies.nothing_saveable,
     }[remat]
     return jax.checkpoint(layer, policy=policy, prevent_cse=False)
+
+
+def _but_gathered(primitive: Any, *_: Any, **parameters: Any) -> bool:
+    """Saves all but what experts gather from other devices: for every layer, that would be all experts' weights."""
+    return primitive.name != "all_gather" and parameters.get("name") != "gathered"
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ the files, block by block and only over the dims of a device's part: it is the s
 embedding.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -19,7 +20,9 @@ from jaxtyping import Bool, Float64, Shaped
 
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.errors import UserError
-from posttrain.models.decoder import DecoderConfig
+from posttrain.models.architecture import DecoderConfig
+
+log = logging.getLogger(__name__)
 
 BLOCK_ROWS = 1024
 """Rows that are read at a time for the mean."""
@@ -50,16 +53,28 @@ class NewRows:
 
 
 def grow_vocabulary(config: DecoderConfig, tokenizer: Tokenizer) -> tuple[DecoderConfig, NewRows]:
-    """The config with a row for every token, and which rows are new. New tokens take rows that the model has beyond its
-    tokenizer's vocabulary, if it has some. Raises `UserError` where the tokenizer is that of another model."""
+    """The config with a row for every new token, and which rows are new; the tokenizer learns how many rows there are.
+
+    New tokens take rows that the model has beyond its tokenizer's vocabulary, if it has some. A tokenizer may have
+    special tokens beyond the model's rows, as that of Gemma 3 has one for pictures: as long as none is added behind
+    them they stay without a row, and text that holds one is refused; otherwise they get new rows too. Raises
+    `UserError` where the tokenizer is that of another model.
+    """
     known = tokenizer.vocab_size - len(tokenizer.new_tokens)
-    if known > config.vocab_size:
+    without_row = {t: i for t, i in tokenizer.special_tokens.items() if config.vocab_size <= i < known}
+    if known > config.vocab_size + len(without_row):
         raise UserError(
             f"tokenizer: it has {known} tokens, the model's embedding only {config.vocab_size}; "
             "they do not belong together (check tokenizer.path)"
         )
-    grown = replace(config, vocab_size=max(config.vocab_size, tokenizer.vocab_size))
-    return grown, NewRows(tokenizer.new_tokens, known)
+    new = without_row | tokenizer.new_tokens if tokenizer.new_tokens else {}
+    grown = replace(config, vocab_size=max(config.vocab_size, *(id + 1 for id in new.values()), 0))
+    # Of several models that a run uses, the smallest counts.
+    tokenizer.embedding_rows = min(grown.vocab_size, tokenizer.embedding_rows or grown.vocab_size)
+    if tokenizer.tokens_without_row:
+        names = ", ".join(tokenizer.tokens_without_row)
+        log.info("tokenizer: %s: the model has no embedding for it; rows whose text holds it are refused", names)
+    return grown, NewRows(new, min(known, config.vocab_size))
 
 
 def mean_row(read: Callable[[int, int], Shaped[np.ndarray, "rows *dims"]], count: int) -> Float64[np.ndarray, "*dims"]:

@@ -115,8 +115,9 @@ def write_tokenizer(metadata: Mapping[str, Any], directory: epath.Path) -> None:
     special = {name: tokens[i] for name, i in ids.items() if i is not None}
     (directory / "tokenizer.json").write_text(tokenizer.to_str(pretty=True))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
-    if "llama.context_length" in metadata:
-        config["model_max_length"] = metadata["llama.context_length"]
+    length = metadata.get(f"{metadata.get('general.architecture')}.context_length")
+    if length is not None:
+        config["model_max_length"] = length
     write_json(directory / "tokenizer_config.json", config)
     write_json(directory / "special_tokens_map.json", special)
     template = metadata.get("tokenizer.chat_template")

@@ -6,10 +6,11 @@ A family is a module beside this one that defines `MODEL_TYPES`; dropping the fi
 
 import importlib
 import importlib.util
+import logging
 import os
 import pkgutil
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
@@ -18,14 +19,15 @@ import jax
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, Int, Shaped
 
 from posttrain import models
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.errors import UserError, UserErrors
 from posttrain.models import classifier
-from posttrain.models.decoder import DecoderConfig
+from posttrain.models.architecture import DecoderConfig
 from posttrain.models.embeddings import NewRows, mean_row
+from posttrain.models.family import missing_features
 from posttrain.models.weights import (
     INDEX_FILE,
     MAX_SHARD_BYTES,
@@ -52,9 +54,13 @@ HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
+log = logging.getLogger(__name__)
+
+
 @runtime_checkable
 class Family(Protocol):
-    """What a family's module defines."""
+    """What a family's module defines. It may also define `ALIASES`: what names begin with in some of its checkpoints,
+    and in its table. A name in `IGNORED` may end with `*`."""
 
     MODEL_TYPES: tuple[str, ...]
     WEIGHTS: tuple[Weight, ...]
@@ -67,8 +73,9 @@ class Family(Protocol):
     def config_to_hf(self, config: DecoderConfig, original: Mapping[str, Any] | None) -> dict[str, Any]: ...
 
 
-def find_family(model_type: object) -> Family:
-    """The family that serves this `model_type`; raises `UserError` listing the known ones."""
+def find_family(model_type: object, raw: Mapping[str, Any] | None = None) -> Family:
+    """The family that serves this `model_type`; raises `UserError` listing the known ones and, of a config.json `raw`,
+    what it names that no family computes."""
     known = []
     for module in pkgutil.iter_modules(models.__path__, f"{models.__name__}."):
         spec = importlib.util.find_spec(module.name)
@@ -79,7 +86,9 @@ def find_family(model_type: object) -> Family:
         if model_type in family.MODEL_TYPES:
             return family
         known += family.MODEL_TYPES
-    raise UserError(f"model_type: {model_type!r} is not served; served: {', '.join(sorted(known))}")
+    missing = missing_features(raw or {})
+    lacking = f"; what such a family would need beyond the decoder: {', '.join(missing)}" if missing else ""
+    raise UserError(f"model_type: {model_type!r} is not served; served: {', '.join(sorted(known))}{lacking}")
 
 
 def resolve_model(path: str | os.PathLike[str], revision: str | None = None) -> Path:
@@ -136,7 +145,10 @@ def _check_directory(directory: Path) -> None:
             "save the model as safetensors (save_pretrained(..., safe_serialization=True))"
         )
     if "adapter_config.json" in names:
-        raise UserError(f"{wanted}: an adapter without its model; merge it into the model first")
+        raise UserError(
+            f"{wanted}: an adapter without its model; to train, name the model in model.path and the adapter in "
+            "model.lora.path"
+        )
     raise UserError(f"{wanted}; it holds: {', '.join(names[:8]) or 'nothing'}")
 
 
@@ -148,7 +160,7 @@ def load_config(model_dir: str | os.PathLike[str]) -> tuple[DecoderConfig, dict[
     raw = read_json(path)
     try:
         labels = int(classifier.is_reward_model(raw))
-        config = find_family(raw.get("model_type")).config_from_hf(classifier.as_causal(raw))
+        config = find_family(raw.get("model_type"), raw).config_from_hf(classifier.as_causal(raw))
         return replace(config, num_labels=labels), raw
     except UserErrors as error:
         raise UserErrors([f"{path}: {problem}" for problem in error.problems]) from error
@@ -163,7 +175,11 @@ def load_generation_config(model_dir: str | os.PathLike[str]) -> dict[str, Any] 
 
 
 def load_params(
-    model_dir: str | os.PathLike[str], config: DecoderConfig, abstract: Params, new_rows: NewRows | None = None
+    model_dir: str | os.PathLike[str],
+    config: DecoderConfig,
+    abstract: Params,
+    new_rows: NewRows | None = None,
+    change: Callable[[str, Array], Mapping[str, Array]] = lambda path, values: {path: values},
 ) -> Params:
     """Reads weights into `abstract`: a nested dict of `jax.ShapeDtypeStruct`, whose dtypes and shardings (default: the
     first local device) the result has. The files of a language model serve a `config` with a score head too: the score
@@ -173,7 +189,7 @@ def load_params(
     devices' share of one parameter at a time. Vocabulary padding is zero; `new_rows`, by which the vocabulary of
     `config` may exceed that of the files, are means (`embeddings.py`). All names, shapes and dtypes are checked
     first: raises `UserErrors` that list what is missing, extra or misshapen, and `ValueError` where `abstract` is not
-    of this config.
+    of this config. `change` says what becomes of each parameter, by path, as soon as it is read.
     """
     model_dir = Path(model_dir)
     family, stored, held = _stored(model_dir, config)
@@ -187,7 +203,14 @@ def load_params(
         raise ValueError(f"the files have {stored.vocab_size} of {config.vocab_size} rows, and not all others are new")
     reader = CheckpointReader(model_dir)
     names = _check_tensors(reader, family, stored, held)
-    return unflatten({path: _load(reader, names, table[path], stored, leaf, new_rows) for path, leaf in leaves.items()})
+    left_out = [name for name in reader.shapes if _is_other_part(name, family)]
+    if left_out:
+        parts = ", ".join(sorted({name.removeprefix(family.BASE_PREFIX).split(".")[0] for name in left_out}))
+        log.info("%s: %d tensors of %s are left out: only the text model is read", model_dir, len(left_out), parts)
+    params: dict[str, Array] = {}
+    for path, leaf in leaves.items():
+        params |= change(path, _load(reader, names, table[path], stored, leaf, new_rows))
+    return unflatten(params)
 
 
 def check_weights(model_dir: str | os.PathLike[str], config: DecoderConfig) -> None:
@@ -215,14 +238,16 @@ def _check_tensors(
     """Name in the table -> name in the files. Raises `UserErrors` unless they are those of the config."""
     expected = stored_tensors(held, config)
     sizes = dim_sizes(config)
+    reader.take_apart(expected, sizes)
     layers = range(config.num_hidden_layers)
     ignored = {name.format(layer=layer) for name in family.IGNORED for layer in layers}
-    headless = not any(name.startswith(family.BASE_PREFIX) for name in reader.shapes)
+    usual = {_usual_name(name, family): name for name in reader.shapes if not _is_other_part(name, family)}
+    headless = not any(name.startswith(family.BASE_PREFIX) for name in usual)
     head, embedding = family.TIED
     ignored |= {head} if config.num_labels else set()
     names = {}
-    for stored in reader.shapes:
-        name = family.BASE_PREFIX + stored if headless and stored not in (head, classifier.SCORE.name) else stored
+    for name, stored in usual.items():
+        name = family.BASE_PREFIX + name if headless and name not in (head, classifier.SCORE.name) else name
         if name not in ignored:
             names[name] = stored
     problems = [
@@ -236,11 +261,22 @@ def _check_tensors(
             f"{head}: differs from {embedding}, but config.json says tie_word_embeddings: true; "
             "if the head is its own, set it to false"
         )
-    shapes = {name: weight.stored_shape(sizes) for name, (weight, _) in expected.items()}
+    shapes = {name: tensor.shape(sizes) for name, tensor in expected.items()}
     problems += tensor_problems(shapes, {name: reader.shapes[stored] for name, stored in names.items()}, names)
     if problems:
         raise UserErrors([f"{reader.directory}: {problem}" for problem in problems])
     return names
+
+
+def _usual_name(name: str, family: Family) -> str:
+    """As the table has it, but for what a headless checkpoint lacks."""
+    aliases: Mapping[str, str] = getattr(family, "ALIASES", {})
+    return next((ours + name.removeprefix(theirs) for theirs, ours in aliases.items() if name.startswith(theirs)), name)
+
+
+def _is_other_part(name: str, family: Family) -> bool:
+    """Whether a tensor belongs to a part of the checkpoint that is none of the text model."""
+    return any(pattern.endswith("*") and name.startswith(pattern[:-1]) for pattern in family.IGNORED)
 
 
 def _equal(reader: CheckpointReader, name: str, other: str) -> bool:
@@ -279,7 +315,11 @@ def _load(
             fill(out, names[weight.name], spans)
             return out
         for row, layer in enumerate(range(*spans[0])):
-            fill(out[row], names[weight.name.format(layer=layer)], spans[1:])
+            if not weight.by_expert:
+                fill(out[row], names[weight.name.format(layer=layer)], spans[1:])
+                continue
+            for place, expert in enumerate(range(*spans[1])):
+                fill(out[row, place], names[weight.name.format(layer=layer, expert=expert)], spans[2:])
         return out
 
     def fill(out: np.ndarray, name: str, spans: Sequence[tuple[int, int]]) -> None:
@@ -336,20 +376,20 @@ def export_hf(
         hf_config = classifier.exported_config(hf_config, raw_config, causal, pad_id)
     written = _with_stops(_exported_config(hf_config, name), tokenizer)
     generation = _with_stops(dict(generation_config or _ids_of(raw_config)), tokenizer)
-    _agree_free(target)
+    agree_free(target)
     tensors = stored_tensors(_table(family, config), config)
     sizes = dim_sizes(config)
-    shapes = {stored: weight.stored_shape(sizes) for stored, (weight, _) in tensors.items()}
+    shapes = {stored: tensor.shape(sizes) for stored, tensor in tensors.items()}
 
-    def tensor(stored: str) -> np.ndarray:
-        weight, layer = tensors[stored]
-        return weight.to_stored(_gather(leaves[weight.path], layer), sizes)
+    def values(stored: str) -> np.ndarray:
+        tensor = tensors[stored]
+        return tensor.join(lambda weight: gather(leaves[weight.path], tensor.layer, tensor.expert), sizes)
 
     if jax.process_index() != 0:
-        write_checkpoint(None, shapes, np.dtype(name), tensor, max_shard_bytes)
+        write_checkpoint(None, shapes, np.dtype(name), values, max_shard_bytes)
     else:
         with new_directory(target) as temporary:
-            write_checkpoint(temporary, shapes, np.dtype(name), tensor, max_shard_bytes)
+            write_checkpoint(temporary, shapes, np.dtype(name), values, max_shard_bytes)
             if tokenizer is not None:
                 tokenizer.save(temporary, pad_id=pad_id)
             write_json(temporary / "generation_config.json", generation)
@@ -358,7 +398,7 @@ def export_hf(
         multihost_utils.sync_global_devices(f"exported {target}")
 
 
-def _agree_free(directory: epath.Path) -> None:
+def agree_free(directory: epath.Path) -> None:
     """Process 0's look at the directory, before all gather: one process that stopped would leave the others waiting."""
     problem = None
     if jax.process_index() == 0:
@@ -395,15 +435,21 @@ def _with_stops(generation: dict[str, Any], tokenizer: Tokenizer | None) -> dict
 
 
 @jax.jit
-def _take_layer(values: Shaped[Array, "L ..."], layer: Shaped[Array, ""]) -> Shaped[Array, "..."]:
-    return jax.lax.dynamic_index_in_dim(values, layer, axis=0, keepdims=False)
+def _take(values: Shaped[Array, "..."], places: tuple[Int[Array, ""], ...]) -> Shaped[Array, "..."]:
+    for place in places:
+        values = jax.lax.dynamic_index_in_dim(values, place, axis=0, keepdims=False)
+    return values
 
 
-def _gather(values: Shaped[Array | np.ndarray, "..."], layer: int | None) -> Shaped[np.ndarray, "..."]:
-    """One layer (or all of an unstacked parameter) on this host; all processes must ask for it together."""
+def gather(
+    values: Shaped[Array | np.ndarray, "..."], layer: int | None, expert: int | None = None
+) -> Shaped[np.ndarray, "..."]:
+    """One layer (all of an unstacked parameter), or one of its experts, on this host; all processes must ask for it
+    together."""
+    places = tuple(np.int32(place) for place in (layer, expert) if place is not None)
     if isinstance(values, np.ndarray):
-        return values if layer is None else values[layer]
-    one = values if layer is None else _take_layer(values, np.int32(layer))
+        return values[places]
+    one = _take(values, places) if places else values
     if one.is_fully_addressable:
         return np.asarray(one)
     return np.asarray(multihost_utils.process_allgather(one, tiled=True))

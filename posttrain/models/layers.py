@@ -3,15 +3,12 @@
 Linear kernels are stored input dims first (`[D, N, H]`), so that a product never transposes them.
 """
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -26,6 +23,11 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 INIT_STDDEV = 0.02
 
 
+def softcapped(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
+    """`cap * tanh(x / cap)`, where there is a cap (Gemma 2)."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
 def parameter(rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str], init: str, dtype: DTypeLike) -> nnx.Param:
     """A parameter with logically named dims; `init` is normal, ones or zeros."""
     makers = {
@@ -37,7 +39,11 @@ def parameter(rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str], init: s
 
 
 class Linear(nnx.Module):
-    """`y = x W + b` over one or several input and output dims."""
+    """`y = x W + b` over one or several input and output dims.
+
+    `lora.py` may freeze W and put a low-rank adapter beside it: `y = x W + scale (dropout(x) A) B + b` (Hu et al.
+    2021), where W may be quantised.
+    """
 
     def __init__(
         self,
@@ -52,29 +58,64 @@ class Linear(nnx.Module):
         self.input_count = len(inputs)
         self.kernel = parameter(rngs, [size for _, size in dims], [name for name, _ in dims], "normal", dtype)
         self.bias = parameter(rngs, list(outputs.values()), list(outputs), "zeros", dtype) if bias else None
+        self.quantized: Callable[[Array, Array], Array] | None = None
+        """With it, `kernel` is made of `kernel_q` and `kernel_scale`."""
+        self.kernel_q = self.kernel_scale = None
+        self.lora_a = self.lora_b = None
+        """`[*inputs, r]` and `[r, *outputs]`."""
+        self.lora_scale = 1.0
+        self.dropout = 0.0
+        self.dropout_keys: nnx.Param | None = None
+        """uint32 `[B, 2]`: a key for each row; without them nothing is dropped."""
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """`[..., *inputs]` -> `[..., *outputs]`."""
-        y = jnp.tensordot(x, self.kernel[...], axes=self.input_count)
-        if self.bias is None:
-            return y
-        bias = self.bias[...]
-        return y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+        y = jnp.tensordot(x, self.weight(), axes=self.input_count)
+        if self.lora_a is not None and self.lora_b is not None:
+            low = jnp.tensordot(self._dropped(x), self.lora_a[...], axes=self.input_count)
+            low = checkpoint_name(low * jnp.asarray(self.lora_scale, low.dtype), "lora")
+            y = y + jnp.tensordot(low, self.lora_b[...], axes=1)
+        if self.bias is not None:
+            bias = self.bias[...]
+            y = y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+        return checkpoint_name(y, "linear")
+
+    def weight(self) -> Float[Array, "..."]:
+        """W `[*inputs, *outputs]`."""
+        if self.quantized is None or self.kernel_q is None or self.kernel_scale is None:
+            return self.kernel[...]
+        return self.quantized(self.kernel_q[...], self.kernel_scale[...])
+
+    def _dropped(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Each row `x[b]` by a key of its own, so that no split of the batch changes what is dropped."""
+        if self.dropout_keys is None:
+            return x
+        keep = 1.0 - self.dropout
+
+        def mask(key: Array) -> Array:
+            return jax.random.bernoulli(jax.random.wrap_key_data(key, impl="threefry2x32"), keep, x.shape[1:])
+
+        return jnp.where(jax.vmap(mask)(self.dropout_keys[...]), x / jnp.asarray(keep, x.dtype), jnp.zeros((), x.dtype))
 
 
 class RMSNorm(nnx.Module):
-    """Root mean square norm (Zhang & Sennrich 2019), statistics in f32."""
+    """Root mean square norm (Zhang & Sennrich 2019) over the last dims together, in f32: `x / rms(x) * (offset + w)`.
 
-    def __init__(self, size: int, epsilon: float, *, rngs: nnx.Rngs, dtype: DTypeLike):
-        self.scale = parameter(rngs, [size], ["width"], "ones", dtype)
-        self.epsilon = epsilon
+    A new norm leaves its normed input as it is.
+    """
 
-    def __call__(self, x: Float[Array, "*lead D"]) -> Float[Array, "*lead D"]:
-        x32 = x.astype(jnp.float32)
-        mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
-        normed = (x32 * jax.lax.rsqrt(mean_square + self.epsilon)).astype(x.dtype)
-        scale = self.scale[...]
-        return normed * scale.reshape((1,) * (x.ndim - 1) + scale.shape)
+    def __init__(self, dims: dict[str, int], epsilon: float, *, offset: float = 0.0, rngs: nnx.Rngs, dtype: DTypeLike):
+        init = "zeros" if offset == 1.0 else "ones"
+        self.scale = parameter(rngs, list(dims.values()), list(dims), init, dtype)
+        self.epsilon, self.offset = epsilon, offset
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """`[..., *dims]` -> the same."""
+        x32, scale = x.astype(jnp.float32), self.scale[...].astype(jnp.float32)
+        mean_square = jnp.mean(x32 * x32, axis=tuple(range(-scale.ndim, 0)), keepdims=True)
+        normed = x32 * jax.lax.rsqrt(mean_square + self.epsilon)
+        scale = (scale + self.offset).reshape((1,) * (x.ndim - scale.ndim) + scale.shape)
+        return (normed * scale).astype(x.dtype)
 
 
 class Embedding(nnx.Module):
@@ -113,99 +154,3 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return self.down(ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))
-
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """Rotary position embedding (Su et al. 2021) and its scalings, with the field names of `rope_scaling` in Hugging
-    Face configs."""
-
-    theta: float = 10000.0
-    scaling: Literal["none", "linear", "dynamic", "yarn", "llama3"] = "none"
-    factor: float = 1.0
-    original_max_position_embeddings: int | None = None
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    truncate: bool = True
-
-
-def rope_frequencies(rope: RopeConfig, head_size: int, max_positions: int) -> tuple[np.ndarray, float]:
-    """Inverse frequencies f32 `[H/2]` and the factor on cos and sin, for the scalings that do not look at the length.
-
-    linear: Chen et al. 2023; yarn: Peng et al. 2023, as in transformers' `modeling_rope_utils`; llama3: the Llama 3.1
-    release. `dynamic` depends on the segment's length and is applied in `rope_angles`; its base is returned here.
-    """
-    # In f32, as the models were trained: at position 1,000 a frequency exact to f64 is 1e-4 rad away from theirs.
-    exponents = np.arange(0, head_size, 2, dtype=np.float32) / np.float32(head_size)
-    inverse = np.float32(1.0) / np.float32(rope.theta) ** exponents
-    factor = 1.0
-    original = rope.original_max_position_embeddings or max_positions
-    if rope.scaling == "linear":
-        inverse = inverse / rope.factor
-    elif rope.scaling == "llama3":
-        wavelength = 2 * math.pi / inverse
-        smooth = (original / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-        blend = (1 - smooth) * inverse / rope.factor + smooth * inverse
-        low, high = original / rope.low_freq_factor, original / rope.high_freq_factor
-        inverse = np.where(wavelength > low, inverse / rope.factor, np.where(wavelength < high, inverse, blend))
-    elif rope.scaling == "yarn":
-        inverse, factor = _yarn(rope, inverse, head_size, original)
-    return np.asarray(inverse, np.float32), factor
-
-
-def _yarn(rope: RopeConfig, inverse: np.ndarray, head_size: int, original: int) -> tuple[np.ndarray, float]:
-    def correction_dim(rotations: float) -> float:
-        return head_size * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
-
-    low, high = correction_dim(rope.beta_fast), correction_dim(rope.beta_slow)
-    if rope.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_size - 1)
-    ramp = np.clip((np.arange(head_size // 2) - low) / (high - low if high != low else 0.001), 0, 1)
-    kept = 1 - ramp.astype(np.float32)
-    scaled = 1 / (rope.factor / inverse) * (1 - kept) + inverse * kept
-
-    def mscale(scale: float) -> float:
-        return 1.0 if rope.factor <= 1 else 0.1 * scale * math.log(rope.factor) + 1.0
-
-    factor = rope.attention_factor
-    if factor is None and rope.mscale and rope.mscale_all_dim:
-        factor = mscale(rope.mscale) / mscale(rope.mscale_all_dim)
-    return scaled, mscale(1.0) if factor is None else factor
-
-
-def rope_angles(
-    rope: RopeConfig,
-    head_size: int,
-    max_positions: int,
-    positions: Int[Array, "B T"],
-    lengths: Int[Array, "B T"],
-) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
-    """cos and sin, f32. `lengths` is the length of each token's segment; only `dynamic` scaling looks at it.
-
-    Dynamic scaling (transformers' `dynamic`): theta grows with the segment once it is longer than `max_positions`.
-    Taking the length per segment keeps a packed row equal to its unpacked segments.
-    """
-    inverse, factor = rope_frequencies(rope, head_size, max_positions)
-    inverse_BTH = jnp.asarray(inverse)[None, None]
-    if rope.scaling == "dynamic":
-        longest = jnp.maximum(lengths, max_positions).astype(jnp.float32)
-        growth = rope.factor * longest / max_positions - (rope.factor - 1)
-        exponents = np.arange(0, head_size, 2, dtype=np.float32) / (head_size - 2)
-        inverse_BTH = inverse_BTH * growth[..., None] ** jnp.asarray(-exponents)[None, None]
-    angles = positions.astype(jnp.float32)[..., None] * inverse_BTH
-    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
-
-
-def apply_rope(
-    x: Float[Array, "B T N H"], cos: Float[Array, "B T half"], sin: Float[Array, "B T half"]
-) -> Float[Array, "B T N H"]:
-    """Rotates the pairs (i, i + H/2), in f32."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

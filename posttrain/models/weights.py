@@ -21,7 +21,7 @@ from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 
 from posttrain.errors import UserError, UserErrors
-from posttrain.models.decoder import DecoderConfig
+from posttrain.models.architecture import DecoderConfig
 
 SAFETENSORS_DTYPES = {
     "F32": np.dtype(np.float32),
@@ -54,20 +54,31 @@ class Weight:
     path: str
     """Ours, e.g. `layers/attn/q/kernel`; stacked over layers where `name` has `{layer}`."""
     name: str
-    """The checkpoint's, e.g. `model.layers.{layer}.self_attn.q_proj.weight`."""
+    """The checkpoint's, e.g. `model.layers.{layer}.self_attn.q_proj.weight`; one for each expert where it has
+    `{expert}`, which are our first dim behind the layers."""
     layout: str
-    """Dims of one layer, ours -> the checkpoint's, in letters of the shape legend; those in parentheses are one dim
-    there: `D N H -> (N H) D`."""
+    """Dims of one layer (and expert), ours -> the checkpoint's, in letters of the shape legend; those in parentheses
+    are one dim there: `D N H -> (N H) D`."""
     when: Callable[[DecoderConfig], bool] = _always
     """Whether a model of this config has it."""
+    behind: tuple[str, ...] = ()
+    """Of a checkpoint tensor that holds several of ours one after another along its first dim: the rows before this
+    one, as groups of letters; `("N H", "K H")` for the values in Phi-3's `qkv_proj`."""
+    joined: tuple[str, int, int] | None = None
+    """A tensor that a checkpoint may have instead: its name, and which of how many parts of its rows this is. Where
+    `name` has `{expert}`, it is `[E, rows, columns]`."""
 
     @property
     def stacked(self) -> bool:
         return "{layer}" in self.name
 
     @property
+    def by_expert(self) -> bool:
+        return "{expert}" in self.name
+
+    @property
     def dims(self) -> tuple[str, ...]:
-        """Letters of our dims, without the layers."""
+        """Letters of our dims, without layers and experts."""
         return tuple(self.layout.split("->")[0].split())
 
     @property
@@ -80,17 +91,22 @@ class Weight:
         return self.layout.split("->")[1]
 
     def stored_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """The checkpoint tensor's shape."""
+        """The shape of its part of the checkpoint tensor: of all of it, unless that holds several of ours."""
         return tuple(math.prod(sizes[d] for d in group) for group in self.stored_dims)
+
+    def stored_row(self, sizes: Mapping[str, int]) -> int:
+        """Where its part of the checkpoint tensor begins."""
+        return sum(math.prod(sizes[d] for d in group.split()) for group in self.behind)
 
     def shape(self, config: DecoderConfig) -> tuple[int, ...]:
         """Our parameter's shape: with layers, and with the padded vocabulary."""
         sizes = {**dim_sizes(config), "V": config.padded_vocab_size}
         layers = (config.num_hidden_layers,) if self.stacked else ()
-        return (*layers, *(sizes[d] for d in self.dims))
+        experts = (sizes["E"],) if self.by_expert else ()
+        return (*layers, *experts, *(sizes[d] for d in self.dims))
 
     def to_stored(self, values: Shaped[np.ndarray, "..."], sizes: Mapping[str, int]) -> Shaped[np.ndarray, "..."]:
-        """The checkpoint tensor of one layer's values, vocabulary padding cut off."""
+        """Its part of the checkpoint tensor from the values of one layer (and expert), vocabulary padding cut off."""
         values = values[tuple(slice(sizes[d]) for d in self.dims)]
         order = [self.dims.index(d) for group in self.stored_dims for d in group]
         return values.transpose(order).reshape(self.stored_shape(sizes))
@@ -101,8 +117,8 @@ class Weight:
         spans: Sequence[Span],
         sizes: Mapping[str, int],
     ) -> Shaped[np.ndarray, "..."]:
-        """One layer's values within `spans` of our dims, from a checkpoint tensor that is asked for just the slices
-        that hold them. `spans` stay within `sizes`: padding is the caller's."""
+        """The values of one layer (and expert) within `spans` of `dims`, from a checkpoint tensor that is asked for
+        just the slices that hold them. `spans` stay within `sizes`: padding is the caller's."""
         span = dict(zip(self.dims, spans, strict=True))
         ranges, split, inner = [], [], []
         for first, *rest in self.stored_dims:
@@ -111,6 +127,8 @@ class Weight:
             ranges.append(slice(low * width, high * width))
             split += [high - low, *(sizes[d] for d in rest)]
             inner += [slice(None), *(slice(*span[d]) for d in rest)]
+        row = self.stored_row(sizes)
+        ranges[0] = slice(ranges[0].start + row, ranges[0].stop + row)
         order = [d for group in self.stored_dims for d in group]
         values = tensor(tuple(ranges)).reshape(split)[tuple(inner)]
         return values.transpose([order.index(d) for d in self.dims])
@@ -123,21 +141,48 @@ def dim_sizes(config: DecoderConfig) -> dict[str, int]:
         "N": config.num_attention_heads,
         "K": config.num_key_value_heads,
         "H": config.head_dim,
-        "F": config.intermediate_size,
+        "F": config.intermediate_size if config.moe is None else config.moe.moe_intermediate_size,
         "V": config.vocab_size,
+        "E": 0 if config.moe is None else config.moe.num_experts,
         "C": config.num_labels,
     }
 
 
-def stored_tensors(weights: Sequence[Weight], config: DecoderConfig) -> dict[str, tuple[Weight, int | None]]:
-    """Every tensor that a checkpoint of this config has, in the order of a forward pass: name -> its line of the
-    table, its layer."""
-    tensors: dict[str, tuple[Weight, int | None]] = {}
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a checkpoint."""
+
+    weights: tuple[Weight, ...]
+    """The lines of the table that it holds, in the order of its rows."""
+    layer: int | None
+    expert: int | None = None
+
+    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        shapes = [weight.stored_shape(sizes) for weight in self.weights]
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+    def join(
+        self, values: Callable[[Weight], Shaped[np.ndarray, "..."]], sizes: Mapping[str, int]
+    ) -> Shaped[np.ndarray, "..."]:
+        """The tensor itself; `values` gives the values of a parameter in its layer (and expert)."""
+        parts = [weight.to_stored(values(weight), sizes) for weight in self.weights]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def stored_tensors(weights: Sequence[Weight], config: DecoderConfig) -> dict[str, StoredTensor]:
+    """Every tensor that a checkpoint of this config has, by name, in the order of a forward pass."""
+    tensors: dict[str, StoredTensor] = {}
     present = [w for w in weights if w.when(config)]
     for stacked, group in itertools.groupby(present, key=lambda w: w.stacked):
         members = list(group)
         for layer in range(config.num_hidden_layers) if stacked else [None]:
-            tensors.update({w.name.format(layer=layer): (w, layer) for w in members})
+            for by_expert, lines in itertools.groupby(members, key=lambda w: w.by_expert):
+                parts = list(lines)
+                experts = range(dim_sizes(config)["E"]) if by_expert else [None]
+                for expert, weight in itertools.product(experts, parts):
+                    name = weight.name.format(layer=layer, expert=expert)
+                    held = (*tensors[name].weights, weight) if name in tensors else (weight,)
+                    tensors[name] = StoredTensor(held, layer, expert)
     return tensors
 
 
@@ -168,6 +213,7 @@ class CheckpointReader:
         self.dtypes: dict[str, str] = {}
         """Their dtypes, by the names of the safetensors format."""
         self._files: dict[str, Any] = {}
+        self._parts: dict[str, tuple[str, int | None, int]] = {}
         for file in self._list_files():
             self._open(directory / file)
 
@@ -199,9 +245,31 @@ class CheckpointReader:
             self.shapes[name] = tuple(tensor.get_shape())
             self.dtypes[name] = tensor.get_dtype()
 
+    def take_apart(self, expected: Mapping[str, StoredTensor], sizes: Mapping[str, int]) -> None:
+        """Names the parts of tensors that the files hold joined (`Weight.joined`) as the table does."""
+        whole = set()
+        for name, tensor in expected.items():
+            if name in self.shapes or (joined := tensor.weights[0].joined) is None:
+                continue
+            held, number, count = joined[0].format(layer=tensor.layer), *joined[1:]
+            *experts, rows, columns = self.shapes.get(held, (1, 1))
+            wanted = [] if tensor.expert is None else [sizes["E"]]
+            if held not in self.shapes or experts != wanted or rows % count:
+                continue  # to be reported as it is
+            whole.add(held)
+            self.shapes[name], self.dtypes[name] = (rows // count, columns), self.dtypes[held]
+            self._parts[name] = (held, tensor.expert, number * rows // count)
+        for name in whole:
+            del self.shapes[name]
+
     def read(self, name: str, ranges: tuple[slice, ...]) -> Shaped[np.ndarray, "..."]:
         """A slice of one tensor, in its stored dtype."""
-        return self._files[name].get_slice(name)[ranges]
+        if name not in self._parts:
+            return self._files[name].get_slice(name)[ranges]
+        held, expert, row = self._parts[name]
+        rows, columns = ranges
+        ranges = (slice(rows.start + row, rows.stop + row), columns)
+        return self._files[held].get_slice(held)[ranges if expert is None else (expert, *ranges)]
 
 
 def write_checkpoint(
@@ -231,13 +299,13 @@ def write_checkpoint(
             for name in names:
                 tensor(name)
         else:
-            _write_file(directory / file, {name: shapes[name] for name in names}, dtype, tensor)
+            write_file(directory / file, {name: shapes[name] for name in names}, dtype, tensor)
     if directory is not None and len(shards) > 1:
         total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
         write_json(directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _write_file(
+def write_file(
     path: epath.Path,
     shapes: Mapping[str, tuple[int, ...]],
     dtype: np.dtype,

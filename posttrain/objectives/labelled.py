@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Float32
 
 from posttrain.objectives.logps import TokenStats, batch_stats
 from posttrain.objectives.pairs import masked_mean, segment_sums
-from posttrain.records import Batch, Difference, Head, LabelledLogps, Metric, Metrics, Model, Scalars
+from posttrain.records import Batch, Difference, Head, LabelledLogps, Metric, Metrics, Model, Scalars, Statistics
 
 LabelledLoss = Callable[[LabelledLogps], Float32[Array, " P"]]
 """The loss of each answer."""
@@ -45,7 +45,7 @@ class LabelledObjective:
         other = ~self._own(batch) & (jnp.asarray(batch.loss_weights) > 0)
         return self._kl(batch, batch_stats(model, batch, needed=other))
 
-    def terms(self, model: Model, batch: Batch, statistics: Scalars | None = None) -> tuple[Scalars, Metrics]:
+    def terms(self, model: Model, batch: Batch, statistics: Statistics | None = None) -> tuple[Scalars, Metrics]:
         trained = jnp.asarray(batch.loss_weights) > 0
         needed = trained if statistics is None else trained & self._own(batch)
         stats = batch_stats(model, batch, needed=needed)

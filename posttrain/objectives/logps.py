@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int
 
+from posttrain.models.layers import softcapped
 from posttrain.parallel.sharding import MESH_AXES
 from posttrain.records import Batch, Model
 
@@ -50,6 +51,7 @@ class _Chunks:
     vocab_size: int
     count: int
     inverse_temperature: float
+    softcap: float | None
 
     def split(self, head: Float[Array, "V D"]) -> Float[Array, "C count D"]:
         return head.reshape(-1, self.count, head.shape[1])
@@ -60,10 +62,17 @@ class _Chunks:
         """Token ids, rows and logits of chunk i."""
         ids = jnp.arange(table.shape[0], dtype=jnp.int32)[None] * self.count + i
         rows = lax.dynamic_index_in_dim(table, i, 1, keepdims=False)
-        logits = _dot("md,cd->mc", hidden, rows) * self.inverse_temperature
+        logits = softcapped(_dot("md,cd->mc", hidden, rows), self.softcap) * self.inverse_temperature
         if table.shape[0] * self.count > self.vocab_size:
             logits = jnp.where(ids < self.vocab_size, logits, MASKED)
         return ids, rows, logits
+
+    def slope(self, logits: Float32[Array, "M C"]) -> Float32[Array, "M C"] | float:
+        """Derivative of the logits by the products they are made of, where they are not masked."""
+        if self.softcap is None:
+            return self.inverse_temperature
+        bound = self.softcap * self.inverse_temperature
+        return jnp.where(logits > MASKED, self.inverse_temperature * (1.0 - jnp.square(logits / bound)), 0.0)
 
 
 def token_stats(
@@ -75,9 +84,10 @@ def token_stats(
     vocab_size: int,
     needed: Bool[Array, "B T"] | None = None,
     temperature: float = 1.0,
+    softcap: float | None = None,
     chunk_vocab: int = 4096,
 ) -> TokenStats:
-    """Statistics of `softmax(hidden head^T / temperature)` at the position before each token.
+    """Statistics of `softmax(softcap(hidden head^T) / temperature)` at the position before each token.
 
     Entries are 0 at a segment's first token, at padding (segment 0) and where `needed` is false, and no gradient comes
     from there. Head rows from `vocab_size` on are padding of the table: probability 0, no part in the mean. `hidden`
@@ -91,7 +101,7 @@ def token_stats(
         needed = jnp.ones(tokens.shape, bool)
     predicts = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] != 0) & needed[:, 1:]
     predicts = jnp.pad(predicts, ((0, 0), (0, 1)))
-    chunks = _Chunks(vocab_size, _chunk_count(head.shape[0], chunk_vocab), 1.0 / temperature)
+    chunks = _Chunks(vocab_size, _chunk_count(head.shape[0], chunk_vocab), 1.0 / temperature, softcap)
     sources = _stats(hidden, head, jnp.roll(tokens, -1, axis=1), predicts, chunks)
 
     def at_target(values: Float32[Array, "B T"]) -> Float32[Array, "B T"]:
@@ -104,7 +114,15 @@ def batch_stats(model: Model, batch: Batch, *, needed: Bool[Array, "B T"] | None
     """`token_stats` of what the model says about packed rows."""
     tokens, segment_ids = jnp.asarray(batch.tokens), jnp.asarray(batch.segment_ids)
     hidden, head = model.hidden(batch), model.head()
-    return token_stats(hidden, head, tokens, segment_ids, vocab_size=model.vocab_size, needed=needed)
+    return token_stats(
+        hidden,
+        head,
+        tokens,
+        segment_ids,
+        vocab_size=model.vocab_size,
+        needed=needed,
+        softcap=model.logit_softcap,
+    )
 
 
 def _chunk_count(V: int, chunk_vocab: int) -> int:
@@ -132,11 +150,12 @@ def _stats(hidden, head, targets, needed, chunks: _Chunks) -> TokenStats:
 
 def _stats_forward(hidden, head, targets, needed, chunks: _Chunks):
     run = functools.partial(_forward, chunks)
-    (logps, entropy, correct, lse), _ = _over_needed(run, needed, (hidden, targets), head)
-    # The mean logit is the logit of the mean row, so it takes no pass over the logits.
-    real = (jnp.arange(head.shape[0]) < chunks.vocab_size).astype(head.dtype)
-    mean_row = _dot("v,vd->d", real, head) * (chunks.inverse_temperature / chunks.vocab_size)
-    mean_logit = _dot("btd,d->bt", hidden.astype(jnp.float32), mean_row)
+    (logps, entropy, correct, mean_logit, lse), _ = _over_needed(run, needed, (hidden, targets), head)
+    if chunks.softcap is None:
+        # The mean logit is the logit of the mean row, so it takes no pass over the logits.
+        real = (jnp.arange(head.shape[0]) < chunks.vocab_size).astype(head.dtype)
+        mean_row = _dot("v,vd->d", real, head) * (chunks.inverse_temperature / chunks.vocab_size)
+        mean_logit = _dot("btd,d->bt", hidden.astype(jnp.float32), mean_row)
     return TokenStats(logps, entropy, correct, mean_logit), (hidden, head, targets, needed, entropy, lse)
 
 
@@ -151,13 +170,13 @@ _stats.defvjp(_stats_forward, _stats_backward)
 
 
 def _forward(chunks: _Chunks, per_token, head):
-    """Log-probability, entropy, hit and log-sum-exp of M tokens."""
+    """Log-probability, entropy, hit, mean logit (0 without a soft-cap) and log-sum-exp of M tokens."""
     hidden, targets = per_token
     table = chunks.split(head)
 
     def chunk(i, carry):
-        top, total, weighted, best, target_logit = carry
-        _, _, logits = chunks.read(table, i, hidden)
+        top, total, weighted, best, target_logit, summed = carry
+        ids, _, logits = chunks.read(table, i, hidden)
         chunk_top, place = _highest(logits)
         chunk_best = place * chunks.count + i
         tied = jnp.where(chunk_top == top, jnp.minimum(best, chunk_best), best)
@@ -170,14 +189,19 @@ def _forward(chunks: _Chunks, per_token, head):
         weighted = weighted * keep + _dot("mc,mc->m", p, logits)
         here = jnp.take_along_axis(logits, (targets // chunks.count)[:, None], axis=1)[:, 0]
         target_logit = jnp.where(targets % chunks.count == i, here, target_logit)
-        return new_top, total, weighted, best, target_logit
+        if chunks.softcap is not None:
+            summed = summed + _dot("mc,c->m", logits, (ids[0] < chunks.vocab_size).astype(jnp.float32))
+        return new_top, total, weighted, best, target_logit, summed
 
     zero = jnp.zeros(targets.shape, jnp.float32)
-    start = (zero + MASKED, zero, zero, jnp.zeros(targets.shape, jnp.int32), zero)
-    top, total, weighted, best, target_logit = lax.fori_loop(0, chunks.count, chunk, start)
+    start = (zero + MASKED, zero, zero, jnp.zeros(targets.shape, jnp.int32), zero, zero)
+    top, total, weighted, best, target_logit, summed = lax.fori_loop(0, chunks.count, chunk, start)
     lse = top + jnp.log(total)
     entropy = jnp.maximum(lse - weighted / total, 0.0)  # rounding may leave a certain prediction slightly below
-    return (target_logit - lse, entropy, (best == targets).astype(jnp.float32), lse), None
+    correct = (best == targets).astype(jnp.float32)
+    # Not target_logit - lse: large logits leave lse few digits behind the point.
+    logps = (target_logit - top) - jnp.log(total)
+    return (logps, entropy, correct, summed / chunks.vocab_size, lse), None
 
 
 def _highest(logits: Float32[Array, "M C"]) -> tuple[Float32[Array, " M"], Int[Array, " M"]]:
@@ -195,7 +219,8 @@ def _highest(logits: Float32[Array, "M C"]) -> tuple[Float32[Array, " M"], Int[A
 def _backward(chunks: _Chunks, per_token, head):
     """Gradients of `hidden` (of M tokens) and `head`.
 
-    With p the softmax and H the entropy: d logp = onehot - p, d entropy = -p (log p + H), d mean = 1 / vocab_size.
+    With p the softmax and H the entropy: d logp = onehot - p, d entropy = -p (log p + H), d mean = 1 / vocab_size, all
+    by the logits, whose own derivative is `_Chunks.slope`.
     """
     hidden, targets, entropy, lse, d_logp, d_entropy, d_mean = per_token
     table = chunks.split(head)
@@ -207,7 +232,7 @@ def _backward(chunks: _Chunks, per_token, head):
         dlogits = -jnp.exp(logp) * (d_logp[:, None] + d_entropy[:, None] * (logp + entropy[:, None]))
         dlogits += jnp.where(ids == targets[:, None], d_logp[:, None], 0.0)
         dlogits += jnp.where(ids < chunks.vocab_size, d_mean[:, None] / chunks.vocab_size, 0.0)
-        dlogits = (dlogits * chunks.inverse_temperature).astype(head.dtype)
+        dlogits = (dlogits * chunks.slope(logits)).astype(head.dtype)
         drows = _dot("mc,md->cd", dlogits, hidden).astype(head.dtype)
         dtable = lax.dynamic_update_index_in_dim(dtable, drows, i, 1)
         return dhidden + _dot("mc,cd->md", dlogits, rows), dtable

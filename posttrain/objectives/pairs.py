@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from posttrain.objectives.logps import batch_stats
-from posttrain.records import Batch, Head, Metric, Metrics, Model, PairLogps, PolicyPairs, Scalars
+from posttrain.records import Batch, Head, Metric, Metrics, Model, PairLogps, PolicyPairs, Scalars, Statistics
 
 PairLoss = Callable[[Any], Float[Array, "P"]]
 """The loss of each pair; takes `PairLogps` or `PolicyPairs`."""
@@ -53,7 +53,7 @@ class PreferenceObjective:
     def statistics(self, model: Model, batch: Batch) -> dict[str, Metric]:
         return {}
 
-    def terms(self, model: Model, batch: Batch, statistics: Scalars | None = None) -> tuple[Scalars, Metrics]:
+    def terms(self, model: Model, batch: Batch, statistics: Statistics | None = None) -> tuple[Scalars, Metrics]:
         weights = jnp.asarray(batch.loss_weights)
         trained = weights > 0
         stats = batch_stats(model, batch, needed=trained)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32
 from pydantic import Field
 
-from posttrain.records import Batch, Head, Metric, Metrics, Model, PairScores, Scalars
+from posttrain.records import Batch, Head, Metric, Metrics, Model, PairScores, Scalars, Statistics
 
 Centering = Annotated[
     float, Field(ge=0, description="How much the two scores of a pair are drawn to a sum of 0 (arXiv:2312.09244).")
@@ -58,7 +58,7 @@ class RewardObjective:
     def statistics(self, model: Model, batch: Batch) -> dict[str, Metric]:
         return {}
 
-    def terms(self, model: Model, batch: Batch, statistics: Scalars | None = None) -> tuple[Scalars, Metrics]:
+    def terms(self, model: Model, batch: Batch, statistics: Statistics | None = None) -> tuple[Scalars, Metrics]:
         pairs = pair_scores(model, batch)
         losses = jnp.where(pairs.present > 0, self._loss(pairs), 0.0)
         return {"reward": jnp.sum(losses)}, _metrics(jax.lax.stop_gradient(pairs))

@@ -7,7 +7,7 @@ from typing import Literal
 import jax.numpy as jnp
 
 from posttrain.objectives.logps import batch_stats
-from posttrain.records import Batch, Head, Metric, Metrics, Model, Objective, Scalars
+from posttrain.records import Batch, Head, Metric, Metrics, Model, Objective, Scalars, Statistics
 
 
 class _SupervisedFineTuning:
@@ -27,7 +27,7 @@ class _SupervisedFineTuning:
     def statistics(self, model: Model, batch: Batch) -> dict[str, Metric]:
         return {}
 
-    def terms(self, model: Model, batch: Batch, statistics: Scalars | None = None) -> tuple[Scalars, Metrics]:
+    def terms(self, model: Model, batch: Batch, statistics: Statistics | None = None) -> tuple[Scalars, Metrics]:
         weights = jnp.asarray(batch.loss_weights)
         trained = weights > 0
         stats = batch_stats(model, batch, needed=trained)

@@ -14,9 +14,9 @@ from posttrain.config import MeshConfig
 from posttrain.errors import UserError, UserErrors
 
 AXES = ("replica", "data", "fsdp", "context", "tensor", "expert")
-ROW_AXES = ("replica", "data", "fsdp")
+ROW_AXES = ("replica", "data", "fsdp", "expert")
 """Axes over which the rows of a batch are split."""
-SERVED_AXES = ("data", "fsdp", "tensor")
+SERVED_AXES = ("data", "fsdp", "tensor", "expert")
 
 _barriers = itertools.count()
 """Every barrier needs a name of its own; all processes come to the same ones in the same order."""
@@ -30,8 +30,9 @@ def axis_sizes(config: MeshConfig) -> dict[str, int]:
 def check_mesh(config: MeshConfig) -> list[str]:
     """Problems that can be seen without a device."""
     sizes = axis_sizes(config)
+    served = f"{', '.join(SERVED_AXES[:-1])} or {SERVED_AXES[-1]}"
     problems = [
-        f"mesh.{name} = {size}: only 1 is served yet; split over data, fsdp or tensor instead"
+        f"mesh.{name} = {size}: only 1 is served yet; split over {served} instead"
         for name, size in sizes.items()
         if name not in SERVED_AXES and size != 1
     ]

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import traverse_util
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
 
 from posttrain.errors import UserErrors
@@ -24,18 +24,24 @@ from posttrain.records import Batch, Params
 MESH_AXES: dict[str | None, tuple[str, ...]] = {
     "rows": ROW_AXES,
     "tokens": ("context",),
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "expert"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "vocab": ("tensor",),
+    "experts": ("expert",),
+    "expert_embed": ("fsdp",),
+    "router": (),
     "labels": (),
     "layers": (),
     "head_size": (),
+    "lora_rank": (),
+    "blocks": (),
     "width": (),
     None: (),
 }
-"""Logical dim name -> mesh axes. `embed` is the model width of parameters, `width` that of activations."""
+"""Logical dim name -> mesh axes. `embed` is the model width of parameters, `expert_embed` that of experts, which the
+`expert` axis splits already, `width` that of activations."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +58,23 @@ def place(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> Place
     entries: list[tuple[str, ...] | None] = []
     repeated = []
     for name, size in zip(axes, shape, strict=True):
-        mesh_axes = tuple(a for a in MESH_AXES[name] if mesh.shape[a] > 1)
-        shards = math.prod(mesh.shape[a] for a in mesh_axes)
-        if size % shards:
-            repeated.append(f"{name} {size} over {' x '.join(mesh_axes)} {shards}")
-            mesh_axes = ()
-        entries.append(mesh_axes or None)
+        split = split_axes(name, size, mesh)
+        wanted = _used_axes(name, mesh)
+        if wanted and not split:
+            shards = math.prod(mesh.shape[a] for a in wanted)
+            repeated.append(f"{name} {size} over {' x '.join(wanted)} {shards}")
+        entries.append(split or None)
     return Placement(NamedSharding(mesh, PartitionSpec(*entries)), tuple(repeated))
+
+
+def split_axes(name: str | None, size: int, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """The mesh axes over which a dim of this logical name and size is split; none where they do not divide it."""
+    axes = _used_axes(name, mesh)
+    return axes if size % math.prod(mesh.shape[a] for a in axes) == 0 else ()
+
+
+def _used_axes(name: str | None, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    return tuple(a for a in MESH_AXES[name] if mesh.shape[a] > 1)
 
 
 def constrain(x: Shaped[Array, "..."], *axes: str | None) -> Shaped[Array, "..."]:
@@ -66,11 +82,7 @@ def constrain(x: Shaped[Array, "..."], *axes: str | None) -> Shaped[Array, "..."
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    entries = []
-    for name, size in zip(axes, x.shape, strict=True):
-        mesh_axes = tuple(a for a in MESH_AXES[name] if mesh.shape[a] > 1)
-        divides = size % math.prod(mesh.shape[a] for a in mesh_axes) == 0
-        entries.append(mesh_axes if mesh_axes and divides else None)
+    entries = [split_axes(name, size, mesh) or None for name, size in zip(axes, x.shape, strict=True)]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
 
 

@@ -77,6 +77,10 @@ class _Busy:
     """Of the latest token."""
     remaining: int
     """How many tokens may still come."""
+    later: int
+    """How many more, once the whole sequence has been read again."""
+    drawn: list[Int32[np.ndarray, "_"]] = field(default_factory=list)
+    """The tokens so far, where the sequence will be read again."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +101,9 @@ class Engine:
     produce before the host looks: few for a chat, more for throughput. `pad_id` fills up prompts and never influences
     anything.
 
-    Raises `UserError` where cached keys would become wrong: `dynamic` RoPE scaling turns all earlier keys once a
-    sequence outgrows the model's own length.
+    Where a sequence outgrows the original length of `longrope` scaling, all its keys turn differently: it is then read
+    again, as transformers does. `dynamic` scaling turns them with every token beyond the model's own length: raises
+    `UserError` where a sequence could get there.
     """
 
     def __init__(
@@ -125,11 +130,14 @@ class Engine:
         )
         self.config = self._programs.config
         own_length = self.config.max_position_embeddings
-        if self.config.rope.scaling == "dynamic" and max_length > own_length:
+        if any(rope.scaling == "dynamic" for rope in self.config.ropes) and max_length > own_length:
             raise UserError(
                 f"max_length = {max_length}: this model's dynamic RoPE scaling changes all earlier keys beyond "
                 f"{own_length} tokens (max_position_embeddings), so they cannot be cached; use at most {own_length}"
             )
+        # The longest sequence whose keys turn as those of short ones do.
+        originals = [rope.original_max_position_embeddings for rope in self.config.ropes if rope.scaling == "longrope"]
+        self._short = min((n or own_length for n in originals), default=max_length)
         self.slots, self.max_length, self.steps = slots, max_length, steps
         self._pad_id, self._dtype, self._stop_ids = pad_id, jnp.dtype(dtype), frozenset(stop_ids)
         self.set_params(params)
@@ -165,7 +173,7 @@ class Engine:
         running: set[int] = set()
         state = self._programs.fresh()
         while True:
-            admitted: dict[int, _Busy] = {}
+            admitted = {slot: self._outgrown(one) for slot, one in busy.items() if one.remaining == 0}
             for slot in range(self.slots):
                 if upcoming is not None and slot not in busy:
                     admitted[slot] = self._admit(upcoming, running)
@@ -203,7 +211,18 @@ class Engine:
             wrong = prompt[(prompt < 0) | (prompt >= self.config.vocab_size)][0]
             raise UserError(f"{where}: token id {wrong} is outside the vocabulary (0 to {self.config.vocab_size - 1})")
         allowed = min(request.sampling.max_new_tokens, self.max_length - len(prompt))
-        return _Busy(replace(request, prompt=prompt), len(prompt) - 1, allowed)
+        return self._start(replace(request, prompt=prompt), allowed)
+
+    def _start(self, request: Request, allowed: int) -> _Busy:
+        """A prompt that `allowed` tokens may follow: at first as many as keep its keys right."""
+        length = len(request.prompt)
+        now = allowed if length > self._short else min(allowed, self._short + 1 - length)
+        return _Busy(request, length - 1, now, allowed - now)
+
+    def _outgrown(self, slot: _Busy) -> _Busy:
+        """The same request, its sequence so far as the prompt."""
+        prompt = np.concatenate([slot.request.prompt, *slot.drawn])
+        return self._start(replace(slot.request, prompt=prompt), slot.later)
 
     def _account(self, slot: _Busy, drawn: Sampled) -> Delta:
         """Books what a slot produced."""
@@ -215,8 +234,11 @@ class Engine:
             )
         slot.position += count
         slot.remaining -= count
+        if slot.later:
+            slot.drawn.append(drawn.tokens)
         stopped = int(drawn.tokens[-1]) in self._stop_ids
-        reason: FinishReason | None = "stop" if stopped else "length" if slot.remaining == 0 else None
+        ended = slot.remaining == slot.later == 0
+        reason: FinishReason | None = "stop" if stopped else "length" if ended else None
         return Delta(slot.request.id, drawn.tokens, drawn.logprobs, drawn.sampled_logprobs, reason)
 
     def _run_prefill(self, state: Slots, admitted: dict[int, _Busy]) -> tuple[Slots, dict[int, Sampled]]:
@@ -246,18 +268,18 @@ class Engine:
     def _chunks(self, pieces: dict[int, _Piece], admitted: dict[int, _Busy], rows: int, bucket: int) -> Chunks:
         """Pieces by slot as arrays; rows beyond them are padding."""
         tokens = np.full((rows, bucket), self._pad_id, np.int32)
-        starts, allowed = np.zeros((2, rows), np.int32)
+        starts, allowed, lengths = np.zeros((3, rows), np.int32)
         counts, slots = np.ones(rows, np.int32), np.full(rows, self.slots, np.int32)
         ends = np.zeros(rows, bool)
         for row, (slot, piece) in enumerate(pieces.items()):
             prompt, end = admitted[slot].request.prompt, piece.start + piece.count
             tokens[row, : piece.count] = prompt[piece.start : end]
             starts[row], counts[row], slots[row] = piece.start, piece.count, slot
-            ends[row], allowed[row] = end == len(prompt), admitted[slot].remaining
+            lengths[row], ends[row], allowed[row] = len(prompt), end == len(prompt), admitted[slot].remaining
         requests = [admitted[slot].request for slot in pieces]
         requests += [Request(0, ())] * (rows - len(requests))
         sampling = RowSampling.stack([r.sampling for r in requests], [r.id for r in requests])
-        return Chunks(tokens, starts, counts, slots, ends, allowed, sampling)
+        return Chunks(tokens, starts, counts, lengths, slots, ends, allowed, sampling)
 
     def _run_decode(self, state: Slots, busy: dict[int, _Busy], *, waiting: bool) -> tuple[Slots, dict[int, Sampled]]:
         """Up to `steps` tokens for each busy slot."""

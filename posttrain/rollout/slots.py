@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Int32
 
 from posttrain.models.decoder import AbstractDecoder, Decoder, KVCache, init_cache
+from posttrain.models.layers import softcapped
 from posttrain.parallel.sharding import constrain, place, replicated
 from posttrain.records import Leaf, Params
 from posttrain.rollout.sampling import RowSampling, Sampled, SamplingParams, sample
@@ -48,6 +49,8 @@ class Chunks:
     """int32 `[R]`: position of the first token."""
     counts: Leaf
     """int32 `[R]`: tokens that are no padding, at least 1."""
+    lengths: Leaf
+    """int32 `[R]`: tokens of the whole prompt."""
     slots: Leaf
     """int32 `[R]`: a number past the last slot for rows that are padding."""
     ends: Leaf
@@ -124,13 +127,16 @@ class SlotPrograms:
     ) -> tuple[Sampled, Bool[Array, "B"]]:
         """The tokens at `positions`, from the hidden states before them, and whether they are stop tokens."""
         logits = jnp.einsum("bd,vd->bv", hidden, model.head(), preferred_element_type=jnp.float32)
+        logits = softcapped(logits, model.logit_softcap)
         drawn = sample(constrain(logits, "rows", None), how, positions, vocab_size=model.vocab_size)
         return drawn, jnp.any(drawn.tokens[:, None] == self._stop_ids[None], axis=-1)
 
     def _prefill_chunks(self, params: Params, state: Slots, chunks: Chunks, *, window: int) -> tuple[Slots, Sampled]:
         model = self._decoder.merge(params)
         positions = chunks.starts[:, None] + jnp.arange(chunks.tokens.shape[1])[None]
-        hidden, cache = model.extend(chunks.tokens, positions, chunks.slots, state.cache, window=window)
+        hidden, cache = model.extend(
+            chunks.tokens, positions, chunks.slots, state.cache, lengths=chunks.lengths, window=window
+        )
         last = jnp.take_along_axis(hidden, (chunks.counts - 1)[:, None, None], axis=1)[:, 0]
         ends = chunks.starts + chunks.counts
         drawn, stopped = self._next(model, last, chunks.sampling, ends)

@@ -5,9 +5,10 @@ over what the devices could have done in the same time. What counts, forward and
 
 - Every product with a weight, `6 * weights * tokens`. The embedding lookup is no product; the head is one, counted for
   every real token as the usual 6ND does, although logits are computed for trained tokens only: the figure can then be
-  compared between data sets and with what others publish. Every weight counts as trained, frozen ones too.
-- Attention, per segment: a segment of n tokens has n(n+1)/2 (query, key) pairs. What a kernel computes beyond them
-  (future, other segments) is not counted.
+  compared between data sets and with what others publish. Every weight counts as trained, frozen ones too, but for
+  LoRA: there the frozen weights have no gradient, `4 * weights * tokens`, and the adapter's count 6 each.
+- Attention, per segment: a segment of n tokens has n(n+1)/2 (query, key) pairs, fewer in a layer with a sliding window.
+  What a kernel computes beyond them (future, other segments, outside the window) is not counted.
 
 Not counted: padding (of rows, and of the vocabulary in memory), recomputation, norms, activations, biases, softmax,
 the loss, the optimizer. The loop reports MFU from this.
@@ -29,43 +30,47 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Int
 
-from posttrain.models.decoder import DecoderConfig
+from posttrain.models.architecture import DecoderConfig
 
 # ---- what a step is -------------------------------------------------------------------------------------------------
 
 
 def matmul_weights(config: DecoderConfig) -> int:
     """Parameters that a token is multiplied with: attention, MLP and head (of a reward model its score, which
-    reads few tokens and is nothing beside the others), without embedding lookup, norms, biases."""
+    reads few tokens and is nothing beside the others), without embedding lookup, norms, biases; of experts the router
+    and those that are chosen for it."""
     c = config
     attention = 2 * c.hidden_size * c.head_dim * (c.num_attention_heads + c.num_key_value_heads)
     mlp = 3 * c.hidden_size * c.intermediate_size
+    if c.moe is not None:
+        chosen = 3 * c.moe.num_experts_per_tok * c.moe.moe_intermediate_size
+        mlp = c.hidden_size * (chosen + c.moe.num_experts)
     return c.num_hidden_layers * (attention + mlp) + (c.num_labels or c.vocab_size) * c.hidden_size
 
 
-def train_flops(config: DecoderConfig, *, tokens: int, attended: int) -> float:
-    """FLOPs of one forward and backward pass over `tokens` real tokens with `attended` (query, key) pairs.
+def train_flops(config: DecoderConfig, *, tokens: int, attended: int, adapter: int | None = None) -> float:
+    """FLOPs of one forward and backward pass over `tokens` real tokens with `attended` (query, key) pairs, those of all
+    layers. `adapter` is the size of an adapter, if that alone is trained.
 
-    A pair costs `4 * N * H` forward (query x key, weight x value) in each layer; the backward pass costs twice the
-    forward pass.
+    A pair costs `4 * N * H` forward (query x key, weight x value); the backward pass costs twice the forward pass.
     """
     c = config
-    per_pair = 4 * c.num_attention_heads * c.head_dim * c.num_hidden_layers
-    return float(6 * matmul_weights(c) * tokens + 3 * per_pair * attended)
+    per_pair = 4 * c.num_attention_heads * c.head_dim
+    weights = 6 * matmul_weights(c) if adapter is None else 4 * matmul_weights(c) + 6 * adapter
+    return float(weights * tokens + 3 * per_pair * attended)
 
 
-def causal_pairs(lengths: Int[np.ndarray, "segments"]) -> int:
-    """(query, key) pairs of causal segments of these lengths: n(n+1)/2 each."""
+def attended_pairs(config: DecoderConfig, lengths: Int[np.ndarray, "segments"]) -> int:
+    """(query, key) pairs that all layers together attend in segments of these lengths."""
+    layers = Counter(kind.window for kind in config.kinds)
+    return sum(count * causal_pairs(lengths, window) for window, count in layers.items())
+
+
+def causal_pairs(lengths: Int[np.ndarray, "segments"], window: int | None = None) -> int:
+    """Pairs of causal segments in one layer: n(n+1)/2 each, less those that are `window` or more tokens apart."""
     n = lengths.astype(np.int64)
-    return int(np.sum(n * (n + 1) // 2))
-
-
-def attended_pairs(segment_ids: Int[np.ndarray, "*rows T"]) -> int:
-    """(query, key) pairs that packed rows attend: causal, within a segment; id 0 is padding."""
-    rows = segment_ids.reshape(-1, segment_ids.shape[-1]).astype(np.int64)
-    ids_a_row = int(rows.max(initial=0)) + 1
-    keys = rows + ids_a_row * np.arange(len(rows))[:, None]
-    return causal_pairs(np.bincount(keys[rows > 0]))
+    outside = np.maximum(n - window, 0) if window is not None else np.zeros_like(n)
+    return int(np.sum(n * (n + 1) // 2 - outside * (outside + 1) // 2))
 
 
 @runtime_checkable
@@ -82,10 +87,13 @@ class StepFlops:
     """`flops(data, step)`: FLOPs of one optimizer step, from the packing plan, so that every process knows them."""
 
     config: DecoderConfig
+    adapter: int | None = None
+    """Parameters of the adapter that a token is multiplied with, under LoRA."""
 
     def __call__(self, data: StepData, step: int) -> float:
         lengths = data.segment_lengths(step)
-        return train_flops(self.config, tokens=int(lengths.sum(dtype=np.int64)), attended=causal_pairs(lengths))
+        tokens, attended = int(lengths.sum(dtype=np.int64)), attended_pairs(self.config, lengths)
+        return train_flops(self.config, tokens=tokens, attended=attended, adapter=self.adapter)
 
 
 # ---- what the machine can do ----------------------------------------------------------------------------------------

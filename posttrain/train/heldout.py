@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from posttrain.data.packed import PackedDataset
 from posttrain.parallel.sharding import global_batch, local_rows
-from posttrain.records import Batch, Difference, Metric, Params, Scalars
+from posttrain.records import Batch, Difference, Metric, Params, Scalars, Statistics
 from posttrain.train.step import LossSums, make_eval_step, make_gradient_step, report
 
 
@@ -37,23 +37,31 @@ def _add(total: Any, part: Any) -> Any:
 class DatasetLoss:
     """The loss of whole data sets under one compiled step."""
 
-    def __init__(self, loss: LossSums, mesh: Mesh, rows: int, prepare: Callable[[Batch], Batch] = lambda batch: batch):
-        """`prepare` is what every batch passes through first, such as a reference model."""
+    def __init__(
+        self,
+        loss: LossSums,
+        mesh: Mesh,
+        rows: int,
+        prepare: Callable[[Params, Batch], Batch] = lambda params, batch: batch,
+        split: Callable[[Params], tuple[Params, Params]] = lambda params: (params, {}),
+    ):
+        """`prepare` is what every batch passes through first, such as a reference model; `split` says which parameters
+        have a gradient."""
         self._loss, self._mesh, self._rows, self._prepare = loss, mesh, rows, prepare
         self._step = jax.jit(make_eval_step(loss))
-        self._gradient_step = jax.jit(make_gradient_step(loss))
+        self._gradient_step = jax.jit(make_gradient_step(loss, split))
         self._weights = jax.jit(loss.totals)
         self._statistics_step = jax.jit(loss.statistics)
 
-    def _batches(self, data: PackedDataset) -> Iterator[Batch]:
+    def _batches(self, params: Params, data: PackedDataset) -> Iterator[Batch]:
         """One epoch."""
         for _, batch in global_batches(data, self._mesh, self._rows, stop=data.steps_per_epoch[0]):
-            yield self._prepare(batch)
+            yield self._prepare(params, batch)
 
-    def _statistics(self, params: Params, data: PackedDataset) -> Scalars:
+    def _statistics(self, params: Params, data: PackedDataset) -> Statistics:
         """What the objective must know of the whole set; nothing, for most."""
         total = None
-        for batch in self._batches(data) if self._loss.objective.needs_statistics else ():
+        for batch in self._batches(params, data) if self._loss.objective.needs_statistics else ():
             total = _add(total, jax.block_until_ready(self._statistics_step(params, batch)))
         return {name: metric.value() for name, metric in (total or {}).items()}
 
@@ -62,7 +70,7 @@ class DatasetLoss:
         sums, totals, metrics = None, None, None
         with jax.set_mesh(self._mesh):
             statistics = self._statistics(params, data)
-            for batch in self._batches(data):
+            for batch in self._batches(params, data):
                 parts = jax.block_until_ready(self._step(params, batch, statistics))
                 sums, totals, metrics = _add(sums, parts[0]), _add(totals, parts[1]), _add(metrics, parts[2])
         return self._report(sums, totals, metrics)
@@ -71,11 +79,11 @@ class DatasetLoss:
         """The same, and the gradient of the loss over the whole set, f32, placed as the parameters are."""
         with jax.set_mesh(self._mesh):
             totals = None
-            for batch in self._batches(data):
+            for batch in self._batches(params, data):
                 totals = _add(totals, jax.block_until_ready(self._weights(batch)))
             statistics = self._statistics(params, data)
             total, sums, metrics = None, None, None
-            for batch in self._batches(data):
+            for batch in self._batches(params, data):
                 gradients, *parts = jax.block_until_ready(self._gradient_step(params, batch, totals, statistics))
                 total = _add(total, gradients)
                 sums, metrics = _add(sums, parts[0]), _add(metrics, parts[1])

@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from posttrain.errors import UserError
-from posttrain.models import hf
+from posttrain.models.peft import CONFIG_FILE
 from posttrain.parallel.mesh import barrier
 from posttrain.parallel.sharding import batch_sharding
 from posttrain.records import Batch, Params, Scalars, TrainState
@@ -21,7 +21,7 @@ from posttrain.train.flops import StepFlops, peak_flops
 from posttrain.train.heldout import DatasetLoss, global_batches
 from posttrain.train.metrics import Console, MetricsLog, Throughput
 from posttrain.train.reference import with_reference
-from posttrain.train.resume import check_resume, check_vocabulary, save_config
+from posttrain.train.resume import check_model, check_resume, save_config
 from posttrain.train.setup import Experiment
 from posttrain.train.step import make_train_step
 from posttrain.train.stop import StopRequest
@@ -110,8 +110,8 @@ def run(experiment: Experiment) -> RunResult:
         if experiment.model.new_score:
             console.note(f"the score head is new, so all scores start at 0: {config.model.path} is a language model")
     else:
-        check_vocabulary(run_dir, checkpoints.read_meta(start)["vocabulary"], experiment.model.vocabulary)
-        state, meta = checkpoints.restore(start, experiment.abstract_state())
+        check_model(run_dir, checkpoints.read_meta(start), experiment.model)
+        state, meta = experiment.restore(checkpoints, start)
         tokens_seen = int(meta["num_tokens"])
         if meta["data"] != data.fingerprint:
             raise UserError(
@@ -133,7 +133,7 @@ def run(experiment: Experiment) -> RunResult:
     peak, peak_source = peak_flops(jax.devices())
     console.note(f"MFU is relative to {peak_source}")
     throughput = Throughput(total_steps=last_step - start, peak_flops=peak)
-    flops = StepFlops(experiment.model.config)
+    flops = StepFlops(experiment.model.config, experiment.adapter_weights)
 
     def evaluate(step: int, params: Params) -> dict[str, float] | None:
         if data.heldout is None:
@@ -151,10 +151,11 @@ def run(experiment: Experiment) -> RunResult:
             "num_tokens": tokens_seen,
             "data": data.fingerprint,
             "vocabulary": experiment.model.vocabulary,
+            "base": experiment.model.fingerprint if experiment.model.lora else "",
             "head": experiment.loss.objective.head,
             "evaluated": values is not None,
         }
-        checkpoints.save(step, state, meta, best)
+        checkpoints.save(step, experiment.saved(state), meta, best)
         throughput.pause()
 
     def is_due(step: int) -> bool:
@@ -191,7 +192,7 @@ def run(experiment: Experiment) -> RunResult:
         for step, (index, batch) in enumerate(batches, start + 1):
             assert train_step is not None and index == step - 1
             _profile(config.log.profile_steps, step - 1, run_dir)
-            state, logged = train_step(state, attach_reference(batch))
+            state, logged = train_step(state, attach_reference(state.params, batch))
             if pending is not None:
                 read(*pending)
             pending = (step, logged, flops(data.train, step - 1))
@@ -214,23 +215,17 @@ def run(experiment: Experiment) -> RunResult:
     if finished and config.checkpoint.export_at_end:
         export_dir = export_once(experiment, state.params, run_dir / "export")
         console.note(f"exported to {export_dir}")
+        if experiment.model.lora is not None:
+            console.note(f"it holds the adapter alone; merged into its model: posttrain export {run_dir} OUT --merge")
     if not finished:
         console.note(f"stopped after step {step} of {last_step}, saved; the same command goes on from there")
     return RunResult(step, None if finished else stopped_by, run_dir, export_dir)
 
 
 def export_once(experiment: Experiment, params: Params, directory: epath.Path) -> epath.Path:
-    """The Hugging Face directory of a finished run; one that is there already was written whole and is left alone."""
-    if not (directory / "config.json").exists():
-        model = experiment.model
-        hf.export_hf(
-            params,
-            model.config,
-            directory,
-            raw_config=model.raw_config,
-            tokenizer=experiment.tokenizer,
-            generation_config=hf.load_generation_config(model.directory),
-        )
+    """The directory of a finished run; one that is there already was written whole and is left alone."""
+    if not any((directory / name).exists() for name in ("config.json", CONFIG_FILE)):
+        experiment.model.export(params, directory, experiment.tokenizer)
     return directory
 
 

@@ -94,9 +94,11 @@ def make_optimizer(
     shapes: Mapping[str, tuple[int, ...]],
     total_steps: int,
     new_rows: Mapping[str, Bool[np.ndarray, "V"]] | None = None,
+    only: Mapping[str, Selection] | None = None,
 ) -> Optimizer:
-    """`shapes` holds every parameter's shape by path, `new_rows` which rows of the embeddings are of new tokens. Raises
-    `UserErrors` for patterns that name nothing."""
+    """`shapes` holds every parameter's shape by path, `new_rows` which rows of the embeddings are of new tokens. With
+    `only`, the parameters of an adapter, nothing else is trained. Raises `UserErrors` for patterns that name nothing.
+    """
     frozen = select(config.freeze, shapes, "optimizer.freeze")
     present = [p for p in config.no_decay if p not in OptimizerConfig().no_decay or _names_something(p, shapes)]
     undecayed = select(present, shapes, "optimizer.no_decay")
@@ -105,6 +107,8 @@ def make_optimizer(
         for path, chosen in frozen.items()
         if chosen is not True
     }
+    if only is not None:
+        trained = {path: both for path in trained if (both := _both(trained[path], only.get(path, False))) is not False}
     if config.only_new_tokens:
         chosen = {path: rows for path, rows in (new_rows or {}).items() if rows.any()}
         if not chosen:
@@ -122,6 +126,13 @@ def make_optimizer(
     if config.weight_decay:
         parts.append(_add_decay(config.weight_decay, decay))
     return Optimizer(schedule, trained, optax.chain(*parts))
+
+
+def _both(first: Selection, second: Selection) -> Selection:
+    if isinstance(first, bool):
+        return second if first else False
+    both = first & second
+    return both if both.any() else False
 
 
 def _names_something(pattern: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:

@@ -32,32 +32,31 @@ from posttrain.train.setup import Experiment, ModelSetup
 
 log = logging.getLogger(__name__)
 
-_CHUNK = 1 << 24
 
-
-def with_reference(experiment: Experiment) -> Callable[[Batch], Batch]:
+def with_reference(experiment: Experiment) -> Callable[[Params, Batch], Batch]:
     """Makes the data sets' batches hold the reference's log-probabilities, where the objective needs them.
 
-    Returns what every batch on the devices must pass through: for a cached reference (whose numbers are read with the
-    tokens) and without one it changes nothing.
+    Returns what every batch on the devices must pass through, with the trained model's parameters: for a cached
+    reference (whose numbers are read with the tokens) and without one it changes nothing.
     """
-    setup = experiment.reference
+    setup, model = experiment.reference, experiment.model
     if setup is None:
-        return lambda batch: batch
+        return lambda params, batch: batch
     sets = [data for data in (experiment.data.train, experiment.data.heldout) if data is not None]
-    if experiment.config.reference.logps == "online":
-        params = setup.load()
+    if experiment.config.reference.logps != "cached":
+        # Without its adapter the trained model is the reference: one copy of the weights serves both.
+        shared = model.lora is not None and experiment.config.reference.path is None
+        held = None if shared else setup.load()
         step = jax.jit(lambda params, batch: _logps(setup, params, batch), out_shardings=batch_sharding(setup.mesh))
 
-        def attach(batch: Batch) -> Batch:
+        def attach(params: Params, batch: Batch) -> Batch:
             with jax.set_mesh(setup.mesh):
-                return replace(batch, ref_logps=step(params, batch))
+                return replace(batch, ref_logps=step(model.split(params)[1] if held is None else held, batch))
 
         return attach
     missing = {}
-    weights = weights_fingerprint(setup.directory)
     for data in sets:
-        place = _place(experiment, data, weights)
+        place = _place(experiment, data)
         if (found := _read(place, int(data.table.num_tokens))) is None:
             missing[place] = data
         else:
@@ -70,7 +69,7 @@ def with_reference(experiment: Experiment) -> Callable[[Batch], Batch]:
                 _write(place, values)
             data.ref_logps = RefLogps(data.table, values)
         barrier("reference log-probabilities")
-    return lambda batch: batch
+    return lambda params, batch: batch
 
 
 def compute(setup: ModelSetup, params: Params, data: PackedDataset, micro_rows: int) -> Float32[np.ndarray, "tokens"]:
@@ -114,24 +113,14 @@ def _logps(setup: ModelSetup, params: Params, batch: Batch) -> Float[Array, "A B
 # ---- on disk --------------------------------------------------------------------------------------------------------
 
 
-def weights_fingerprint(directory: Path) -> str:
-    """Hash of a model's config and weights: the files' content, about 1 s per GB."""
-    digest = hashlib.sha256()
-    for path in sorted([directory / "config.json", *directory.glob("*.safetensors")]):
-        digest.update(path.name.encode())
-        with open(path, "rb") as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _place(experiment: Experiment, data: PackedDataset, weights: str) -> Path:
+def _place(experiment: Experiment, data: PackedDataset) -> Path:
     setup, table = experiment.reference, data.table
     assert setup is not None
     samples = hashlib.sha256(table.index.tobytes() + table.lengths.tobytes()).hexdigest()
     facts: dict[str, Any] = {
-        "weights": weights,
+        "weights": setup.fingerprint,
         "vocabulary": setup.vocabulary,
+        "quantized": None if setup.quantized is None else setup.quantized.kind,
         "data": [cache.checksum for cache in table.caches],
         "samples": [samples, table.bounds, table.max_length, table.keep_end, table.partners is not None],
         "compute": [str(setup.compute_dtype), experiment.config.model.params_dtype, experiment.config.model.attention],

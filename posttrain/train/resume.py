@@ -9,6 +9,7 @@ from etils import epath
 
 from posttrain.config import Config, dump_config
 from posttrain.errors import UserError, UserErrors
+from posttrain.train.setup import ModelSetup
 
 CLOCK_FILE = "template_clock.txt"
 
@@ -79,6 +80,16 @@ def check_resume(run_dir: epath.Path, config: Config, latest: int | None) -> lis
             + [f"so this would be another run than the one at step {latest}: restore the values or use another run.dir"]
         )
     return [item for item in differences if item[0] != "run.resume"]
+
+
+def check_model(where: epath.Path, meta: dict[str, Any], model: ModelSetup) -> None:
+    """Raises `UserError` where the meta of a checkpoint says that it belongs to another model than this config's."""
+    check_vocabulary(where, meta["vocabulary"], model.vocabulary)
+    if model.lora is not None and meta["base"] != model.fingerprint:
+        raise UserError(
+            f"{where}: the checkpoint holds an adapter alone, and the model that it was trained on is not the one that "
+            f"is now in {model.directory} (other weights or config.json); restore it there, or name it in model.path"
+        )
 
 
 def check_vocabulary(where: epath.Path, saved: str, current: str) -> None:

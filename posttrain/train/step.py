@@ -11,11 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from posttrain.models.decoder import AbstractDecoder
+from posttrain.models.decoder import AbstractDecoder, Decoder
+from posttrain.models.lora import Dropout
 from posttrain.parallel.sharding import flatten, unflatten
-from posttrain.records import Batch, Metric, Metrics, Objective, Params, Scalars, TrainState
+from posttrain.records import Batch, Metric, Metrics, Objective, Params, Scalars, Statistics, TrainState
 from posttrain.train.optim import Optimizer
 
 
@@ -26,37 +27,41 @@ class LossSums:
     decoder: AbstractDecoder
     objective: Objective
     compute_dtype: Any
+    dropout: Dropout | None = None
+    """Of an adapter, while training; nothing else looks at it."""
 
     def totals(self, batch: Batch) -> Scalars:
         """Every term's denominator over all accumulation steps."""
         return jax.tree.map(jnp.sum, jax.vmap(self.objective.weights)(batch))
 
-    def statistics(self, params: Params, batch: Batch) -> dict[str, Metric]:
+    def statistics(self, params: Params, batch: Batch, key: Array | None = None) -> dict[str, Metric]:
         """What the terms must know of the whole batch: a forward pass of its own, without gradient."""
-        compute = self.cast(params)
+        compute = cast(params, self.compute_dtype)
 
-        def of_micro(_: None, micro: Batch) -> tuple[None, dict[str, Metric]]:
-            return None, self.objective.statistics(self.decoder.merge(compute), micro)
+        def of_micro(_: None, numbered: tuple[Batch, Array]) -> tuple[None, dict[str, Metric]]:
+            micro, rows = numbered
+            return None, self.objective.statistics(self._model(compute, key, rows), micro)
 
-        _, stacked = jax.lax.scan(of_micro, None, batch)
+        _, stacked = jax.lax.scan(of_micro, None, (batch, _row_numbers(batch)))
         return {name: metric.over_micro_batches() for name, metric in stacked.items()}
 
+    def _model(self, params: Params, key: Array | None, rows: Int[Array, " B"]) -> Decoder:
+        """The model of these rows of the global batch; with a key, what dropout makes of it."""
+        if key is None or self.dropout is None:
+            return self.decoder.merge(params)
+        return self.dropout.decoder.merge(merge(params, self.dropout.keys(key, rows)))
+
     def loss(
-        self, params: Params, micro: Batch, totals: Scalars, statistics: Scalars | None
+        self, model: Decoder, micro: Batch, totals: Scalars, statistics: Statistics | None
     ) -> tuple[Float[Array, ""], tuple[Any, Any]]:
         """This micro-batch's share of the loss, with the terms' sums and metrics."""
-        model = self.decoder.merge(params)
         sums, metrics = self.objective.terms(model, micro, statistics)
         shares = [self.objective.coefficients[name] * _divide(value, totals[name]) for name, value in sums.items()]
         return jnp.sum(jnp.stack(shares)), (sums, metrics)
 
-    def cast(self, params: Params) -> Params:
-        """Parameters in the compute dtype."""
-        return jax.tree.map(lambda p: p.astype(self.compute_dtype), params)
-
-    def sums(self, params: Params, batch: Batch, statistics: Scalars) -> tuple[Scalars, Metrics]:
+    def sums(self, params: Params, batch: Batch, statistics: Statistics) -> tuple[Scalars, Metrics]:
         """Terms' sums and metrics of a batch, without gradients."""
-        compute = self.cast(params)
+        compute = cast(params, self.compute_dtype)
 
         def micro_sums(_: None, micro: Batch) -> tuple[None, tuple[Any, Any]]:
             return None, self.objective.terms(self.decoder.merge(compute), micro, statistics)
@@ -65,36 +70,54 @@ class LossSums:
         return _over_micro_batches(stacked)
 
     def gradients(
-        self, trained: Params, frozen: Params, batch: Batch, totals: Scalars, statistics: Scalars | None
+        self,
+        trained: Params,
+        frozen: Params,
+        batch: Batch,
+        totals: Scalars,
+        statistics: Statistics | None = None,
+        key: Array | None = None,
     ) -> tuple[Params, Scalars, Metrics]:
         """Gradient of the loss in f32, added up over the accumulation steps in one buffer, with sums and metrics.
-        Without `statistics` the batch is all that they are taken over."""
-        compute, rest = self.cast(trained), self.cast(frozen)
+        Without `statistics` the batch is all that they are taken over; without a key nothing is dropped."""
+        compute, rest = cast(trained, self.compute_dtype), cast(frozen, self.compute_dtype)
         if statistics is None and self.objective.needs_statistics and batch.tokens.shape[0] > 1:
-            found = self.statistics(merge(trained, frozen), batch)
+            found = self.statistics(merge(trained, frozen), batch, key)
             statistics = {name: metric.value() for name, metric in found.items()}
 
-        def loss(trained: Params, micro: Batch) -> tuple[Float[Array, ""], tuple[Any, Any]]:
-            return self.loss(merge(trained, rest), micro, totals, statistics)
+        def loss(trained: Params, numbered: tuple[Batch, Array]) -> tuple[Float[Array, ""], tuple[Any, Any]]:
+            micro, rows = numbered
+            return self.loss(self._model(merge(trained, rest), key, rows), micro, totals, statistics)
 
         gradient = jax.grad(loss, has_aux=True)
+        numbered = (batch, _row_numbers(batch))
         if batch.tokens.shape[0] == 1:
-            total, aux = gradient(compute, jax.tree.map(lambda x: x[0], batch))
+            total, aux = gradient(compute, jax.tree.map(lambda x: x[0], numbered))
             aux = jax.tree.map(lambda x: x[None], aux)
             return _widen(total), *_over_micro_batches(aux)
 
-        def accumulate(total: Params, micro: Batch) -> tuple[Params, Any]:
+        def accumulate(total: Params, micro: tuple[Batch, Array]) -> tuple[Params, Any]:
             part, aux = gradient(compute, micro)
             return jax.tree.map(lambda t, p: t + p.astype(jnp.float32), total, part), aux
 
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trained)
-        total, stacked = jax.lax.scan(accumulate, zeros, batch)
+        total, stacked = jax.lax.scan(accumulate, zeros, numbered)
         return total, *_over_micro_batches(stacked)
+
+
+def cast(params: Params, dtype: Any) -> Params:
+    """Floating-point parameters in the compute dtype."""
+    return jax.tree.map(lambda p: p.astype(dtype) if jnp.issubdtype(p.dtype, jnp.floating) else p, params)
 
 
 def merge(trained: Params, frozen: Params) -> Params:
     """One nested dict of both."""
     return unflatten(flatten(trained) | flatten(frozen))
+
+
+def _row_numbers(batch: Batch) -> Int[Array, "A B"]:
+    A, B = batch.tokens.shape[:2]
+    return jnp.arange(A * B, dtype=jnp.int32).reshape(A, B)
 
 
 def _widen(tree: Params) -> Params:
@@ -129,7 +152,8 @@ def make_train_step(loss: LossSums, optimizer: Optimizer) -> Callable[[TrainStat
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Scalars]:
         totals = loss.totals(batch)
         trained, frozen = optimizer.split(state.params)
-        gradients, sums, metrics = loss.gradients(trained, frozen, batch, totals, None)
+        key = None if loss.dropout is None else jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        gradients, sums, metrics = loss.gradients(trained, frozen, batch, totals, key=key)
         gradients = optimizer.mask_frozen(gradients)
         logged = report(loss.objective, sums, totals, metrics)
         norm = optax.tree.norm(gradients)
@@ -152,10 +176,10 @@ def make_train_step(loss: LossSums, optimizer: Optimizer) -> Callable[[TrainStat
     return train_step
 
 
-def make_eval_step(loss: LossSums) -> Callable[[Params, Batch, Scalars], tuple[Scalars, Scalars, Metrics]]:
+def make_eval_step(loss: LossSums) -> Callable[[Params, Batch, Statistics], tuple[Scalars, Scalars, Metrics]]:
     """`(params, batch [A, B, T], statistics) -> (sums, totals, metrics)`, to be added up over batches by the caller."""
 
-    def eval_step(params: Params, batch: Batch, statistics: Scalars) -> tuple[Scalars, Scalars, Metrics]:
+    def eval_step(params: Params, batch: Batch, statistics: Statistics) -> tuple[Scalars, Scalars, Metrics]:
         sums, metrics = loss.sums(params, batch, statistics)
         return sums, loss.totals(batch), metrics
 
@@ -163,14 +187,14 @@ def make_eval_step(loss: LossSums) -> Callable[[Params, Batch, Scalars], tuple[S
 
 
 def make_gradient_step(
-    loss: LossSums,
-) -> Callable[[Params, Batch, Scalars, Scalars | None], tuple[Params, Scalars, Metrics]]:
-    """`(params, batch, totals, statistics) -> (gradients, sums, metrics)`, the second and third of which may span
-    several batches."""
+    loss: LossSums, split: Callable[[Params], tuple[Params, Params]] = lambda params: (params, {})
+) -> Callable[[Params, Batch, Scalars, Statistics | None], tuple[Params, Scalars, Metrics]]:
+    """`(params, batch, totals, statistics) -> (gradients, sums, metrics)`, where totals and statistics may span several
+    batches. `split` says which parameters have a gradient."""
 
     def gradient_step(
-        params: Params, batch: Batch, totals: Scalars, statistics: Scalars | None
+        params: Params, batch: Batch, totals: Scalars, statistics: Statistics | None
     ) -> tuple[Params, Scalars, Metrics]:
-        return loss.gradients(params, {}, batch, totals, statistics)
+        return loss.gradients(*split(params), batch, totals, statistics)
 
     return gradient_step

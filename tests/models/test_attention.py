@@ -32,18 +32,22 @@ def segments(rows: list[list[int]], length: int) -> np.ndarray:
     return ids
 
 
-def causal_mask(ids: np.ndarray) -> np.ndarray:
+def causal_mask(ids: np.ndarray, window: int | None = None) -> np.ndarray:
     index = np.arange(ids.shape[1])
-    return (ids[:, :, None] == ids[:, None, :]) & (ids != 0)[:, :, None] & (index[:, None] >= index)
+    near = index[:, None] - index < (window or ids.shape[1])
+    return (ids[:, :, None] == ids[:, None, :]) & (ids != 0)[:, :, None] & (index[:, None] >= index) & near
 
 
-def formula(q, k, v, mask, scale=None):
+def formula(q, k, v, mask, scale=None, softcap=None):
     """softmax(scale q k^T) v with `mask` [B, T, S], in float64. Returns the output and its vjp."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     group = q.shape[2] // k.shape[2]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     wide_k, wide_v = np.repeat(k, group, axis=2), np.repeat(v, group, axis=2)
-    scores = np.where(mask[:, None], np.einsum("btnh,bsnh->bnts", q, wide_k) * scale, -np.inf)
+    scores, slope = np.einsum("btnh,bsnh->bnts", q, wide_k) * scale, 1.0
+    if softcap is not None:
+        scores, slope = softcap * np.tanh(scores / softcap), np.cosh(scores / softcap) ** -2.0
+    scores = np.where(mask[:, None], scores, -np.inf)
     top = np.max(scores, axis=-1, keepdims=True, initial=-1e300)
     p = np.where(mask[:, None], np.exp(scores - top), 0.0)
     p = p / np.maximum(p.sum(-1, keepdims=True), 1e-300)
@@ -52,7 +56,7 @@ def formula(q, k, v, mask, scale=None):
     def vjp(dout):
         dout = np.asarray(dout, np.float64)
         dp = np.einsum("btnh,bsnh->bnts", dout, wide_v)
-        ds = p * (dp - (p * dp).sum(-1, keepdims=True)) * scale
+        ds = p * (dp - (p * dp).sum(-1, keepdims=True)) * slope * scale
         dk = np.einsum("bnts,btnh->bsnh", ds, q)
         dv = np.einsum("bnts,btnh->bsnh", p, dout)
         dk, dv = (x.reshape(*k.shape[:3], group, k.shape[3]).sum(3) for x in (dk, dv))
@@ -70,10 +74,13 @@ def inputs(length: int = T, rows: int = B, seed: int = 0):
     return draw(seed, (rows, length, N, H), (rows, length, K, H), (rows, length, K, H), (rows, length, N, H))
 
 
-@partial(jax.jit, static_argnames=("implementation", "scale", "block"))
-def output_and_gradients(q, k, v, segment_ids, dout, implementation, scale=None, block=16):
+@partial(jax.jit, static_argnames=("implementation", "scale", "softcap", "block"))
+def output_and_gradients(
+    q, k, v, segment_ids, dout, implementation, scale=None, softcap=None, window=None, *, block=16
+):
     """`block` is only there to compile anew for each block size that a test sets."""
-    run = partial(attention, segment_ids=segment_ids, implementation=implementation, scale=scale)
+    how = {"implementation": implementation, "scale": scale, "softcap": softcap, "window": window}
+    run = partial(attention, segment_ids=segment_ids, **how)
     out, vjp = jax.vjp(run, q, k, v)
     return out, *vjp(dout)
 
@@ -92,8 +99,8 @@ def small_blocks(monkeypatch):
 
 def test_the_formulas_gradient_agrees_with_finite_differences():
     q, k, v, dout = draw(1, (1, 6, 2, 3), (1, 6, 1, 3), (1, 6, 1, 3), (1, 6, 2, 3), dtype=np.float64)
-    mask = causal_mask(segments([[2, 3]], 6))
-    _, vjp = formula(q, k, v, mask)
+    mask = causal_mask(segments([[2, 4]], 6), window=2)
+    _, vjp = formula(q, k, v, mask, softcap=0.8)
     for argument, gradient in enumerate(vjp(dout)):
         for index in np.ndindex(gradient.shape):
             step = np.zeros_like((q, k, v)[argument])
@@ -101,7 +108,7 @@ def test_the_formulas_gradient_agrees_with_finite_differences():
             ends = []
             for sign in (1, -1):
                 moved = [x + sign * step if i == argument else x for i, x in enumerate((q, k, v))]
-                ends.append((formula(*moved, mask)[0] * dout).sum())
+                ends.append((formula(*moved, mask, softcap=0.8)[0] * dout).sum())
             assert abs((ends[0] - ends[1]) / 2e-6 - gradient[index]) < 1e-8
 
 
@@ -112,6 +119,18 @@ def test_output_and_gradients_equal_the_formula(implementation, layout, small_bl
     ids = segments(LAYOUTS[layout], T)
     out, vjp = formula(q, k, v, causal_mask(ids))
     assert_close(output_and_gradients(q, k, v, ids, dout, implementation), (out, *vjp(dout)))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+@pytest.mark.parametrize("softcap", [None, 0.8])
+@pytest.mark.parametrize("window", [1, 5, 16, 40, 100])
+def test_windows_and_softcaps_equal_the_formula(implementation, softcap, window, small_blocks):
+    """Windows within a block, of one block, of several, and of the whole row."""
+    q, k, v, dout = inputs()
+    ids = segments(LAYOUTS["many segments"], T)
+    out, vjp = formula(q, k, v, causal_mask(ids, window), softcap=softcap)
+    found = output_and_gradients(q, k, v, ids, dout, implementation, softcap=softcap, window=window)
+    assert_close(found, (out, *vjp(dout)))
 
 
 @pytest.mark.parametrize("length", [7, 300])
@@ -171,6 +190,21 @@ def test_blocks_of_other_segments_and_of_the_future_are_not_computed(small_block
     dout[:, ~middle] = 0
     actual = output_and_gradients(q, k, v, ids, dout, "chunked")
     assert_close([np.asarray(x)[:, middle] for x in actual], [x[:, middle] for x in (out, *vjp(dout))])
+
+
+def test_blocks_beyond_the_window_are_not_computed(small_blocks):
+    q, k, v, dout = inputs(160, rows=1)
+    ids = segments([[160]], 160)
+    # Queries of the last block see back to token 160 - 16 - 19 = 125, which lies in the block from 112 on.
+    out, vjp = formula(q, k, v, causal_mask(ids, window=20))
+    last = np.arange(160) >= 144
+    dout[:, ~last] = 0
+    expected = (out, *vjp(dout))
+    for x in (k, v):
+        x[:, :112] = np.nan
+    found = output_and_gradients(q, k, v, ids, dout, "chunked", window=20)
+    assert_close([np.asarray(x)[:, last] for x in found], [x[:, last] for x in expected])
+    assert np.isnan(np.asarray(found[0])[:, 120]).all()  # it sees broken keys: they were there
 
 
 def test_memory_is_linear_in_the_row_length():
@@ -273,10 +307,12 @@ def test_cached_attention_equals_the_formula_and_is_zero_where_nothing_is_seen()
     mask[1, 0] = False
     mask[2] = False
     mask[0, :, 0] = True
-    out, _ = formula(q, k, v, mask, scale=0.25)
-    actual = np.asarray(jax.jit(partial(cached_attention, scale=0.25))(q, k, v, mask))
+    out, _ = formula(q, k, v, mask, scale=0.25, softcap=0.7)
+    actual = np.asarray(jax.jit(partial(cached_attention, scale=0.25, softcap=0.7))(q, k, v, mask))
     assert_close([actual], [out])
     assert np.all(actual[~mask.any(-1)] == 0)
-    half = cached_attention(*(jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)), jnp.asarray(mask), scale=0.25)
+    half = cached_attention(
+        *(jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)), jnp.asarray(mask), scale=0.25, softcap=0.7
+    )
     assert half.dtype == jnp.bfloat16
     assert_close([half], [out], tolerance=3e-2)

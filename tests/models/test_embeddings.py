@@ -14,6 +14,8 @@ import transformers
 from jax.sharding import Mesh
 
 from posttrain.config import MeshConfig, ModelConfig
+from posttrain.data.chat import encode_rows
+from posttrain.data.rows import Row
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.data.tokenizer_files import add_tokens
 from posttrain.errors import UserError, UserErrors
@@ -120,6 +122,41 @@ def test_a_tokenizer_of_another_model_is_refused() -> None:
         with pytest.raises(UserError, match="it has 141 tokens, the model's embedding only 140"):
             grow_vocabulary(config, tok)
     assert grow_vocabulary(config, tokenizer(100)) == (config, NewRows({}, 100))
+
+
+def picture_tokenizer(*new: str) -> Tokenizer:
+    """140 words, as the model has rows, and a special token behind them."""
+    plain = tokenizer(140)._hf
+    plain.backend_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    plain.add_special_tokens({"additional_special_tokens": ["<picture>"], "eos_token": "w1"})
+    return Tokenizer(plain, source="words", new_tokens=add_tokens(plain, new, "words"))
+
+
+def test_a_special_token_may_have_no_row_and_then_no_text_may_have_it() -> None:
+    """As `<image_soft_token>` of Gemma 3's text models."""
+    config, _ = hf.load_config(FIXTURES / "biases")
+    tok = picture_tokenizer()
+    before = tok.fingerprint
+    assert grow_vocabulary(config, tok) == (config, NewRows({}, 140))
+    assert tok.tokens_without_row == {"<picture>": 140} and tok.fingerprint != before
+    texts = ["w3 w4", "w3 <picture> w4"]
+    rows = [Row("rows.jsonl", line, "text", text=text) for line, text in enumerate(texts, 1)]
+    (sample,), bad = encode_rows(rows, tok)
+    assert sample.tokens.tolist() == [3, 4, 1]
+    assert str(bad) == (
+        "rows.jsonl:2: '<picture>' is a token that the model has no embedding for; fix: take it out of the text"
+    )
+
+
+def test_it_gets_a_row_where_one_is_added_behind_it() -> None:
+    config, _ = hf.load_config(FIXTURES / "biases")
+    tok = picture_tokenizer("<A>")
+    grown, new = grow_vocabulary(config, tok)
+    assert grown.vocab_size == 142 and new == NewRows({"<picture>": 140, "<A>": 141}, 140)
+    assert tok.tokens_without_row == {}
+    _, params = load(FIXTURES / "biases", picture_tokenizer("<A>"))
+    table = np.asarray(params["embed/embedding"])
+    np.testing.assert_array_equal(table[140], table[141])
 
 
 def test_files_with_fewer_rows_than_they_say_are_refused(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from posttrain.errors import UserError, UserErrors
 from posttrain.models import gguf
 from posttrain.models.gguf_tokenizer import build_tokenizer
 from posttrain.models.hf import load_config
-from posttrain.models.layers import RopeConfig
+from posttrain.models.rope import RopeConfig
 
 HIDDEN, HEADS, KV_HEADS, HEAD, WIDTH, LAYERS = 32, 4, 2, 16, 64, 2
 
@@ -365,13 +365,13 @@ def test_llama3_scaling_is_recovered_from_its_factors(tmp_path, vocabulary, size
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"general.architecture": "gemma3"}, "general.architecture: 'gemma3' is not served; served: 'llama'"),
+        ({"general.architecture": "gemma2"}, "general.architecture: 'gemma2' is not served; served: 'llama', 'qwen2'"),
         ({"llama.expert_count": 8}, "llama.expert_count: 8 is not served"),
         ({"llama.attention.head_count": [4, 4]}, r"llama.attention.head_count: \[4, 4\] must be .* the same for all"),
         ({"llama.embedding_length": None}, "llama.embedding_length: None must be a positive whole number"),
         ({"llama.attention.layer_norm_rms_epsilon": None}, "llama.attention.layer_norm_rms_epsilon: missing"),
         ({"llama.rope.dimension_count": 8}, "llama.rope.dimension_count: 8 must be the head size, 16"),
-        ({"llama.rope.scaling.type": "longrope"}, "rope_scaling.rope_type: 'longrope' is not served"),
+        ({"llama.rope.scaling.type": "longrope"}, "llama.rope.scaling.type: 'longrope' is not served; served: none,"),
         ({"tokenizer.ggml.model": "llama"}, "tokenizer.ggml.scores: 0 scores for 364 tokens; the file is broken"),
         ({"tokenizer.ggml.model": "t5"}, "tokenizer.ggml.model: 't5' is not served; served: 'gpt2'"),
         ({"tokenizer.ggml.pre": "tekken"}, "tokenizer.ggml.pre: 'tekken' is not known; known: gpt-2, smollm"),

@@ -26,7 +26,7 @@ from posttrain import models
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.errors import UserError, UserErrors
 from posttrain.models import hf, llama
-from posttrain.models.decoder import DecoderConfig
+from posttrain.models.architecture import DecoderConfig
 from posttrain.models.hf import (
     CheckpointReader,
     find_family,
@@ -35,7 +35,7 @@ from posttrain.models.hf import (
     load_params,
     resolve_model,
 )
-from posttrain.models.layers import RopeConfig
+from posttrain.models.rope import RopeConfig
 from posttrain.parallel.sharding import flatten, unflatten
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "llama"
@@ -370,7 +370,7 @@ def test_a_family_is_registered_by_dropping_its_file_in(tmp_path, monkeypatch):
     monkeypatch.setattr(models, "__path__", [*models.__path__, str(tmp_path)])
     assert find_family("toy2").MODEL_TYPES == ("toy", "toy2")
     assert find_family("llama") is llama
-    with pytest.raises(UserError, match="model_type: 'gpt5' is not served; served: llama, toy, toy2"):
+    with pytest.raises(UserError, match=r"model_type: 'gpt5' is not served; served: .*llama.*, toy, toy2"):
         find_family("gpt5")
     sys.modules.pop("posttrain.models.toy_family", None)
 
@@ -430,9 +430,10 @@ def test_plain_fields_and_defaults():
         num_key_value_heads=2,
         head_dim=16,
         rms_norm_eps=1e-6,
-        rope=RopeConfig(theta=10000.0),
+        ropes=(RopeConfig(theta=10000.0),),
         max_position_embeddings=128,
         attention_bias=True,
+        attention_out_bias=True,
         mlp_bias=True,
     )
     # What an absent key means is what transformers' LlamaConfig makes of it.
@@ -474,9 +475,14 @@ def test_plain_fields_and_defaults():
         ({"rope_theta": 5.0}, "rope_theta: 5.0 contradicts rope_parameters.rope_theta: 10000.0"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.type: 'linear' contradicts"),
         ({"rope_parameters": [1]}, "rope_parameters: .* must be an object or null"),
+        ({"rope_parameters": {"rope_type": "mrope"}}, "rope_type: 'mrope' is not served; served: default, linear"),
         (
-            {"rope_parameters": {"rope_type": "longrope"}},
-            "rope_type: 'longrope' is not served; served: default, linear",
+            {"rope_parameters": {"rope_type": "longrope", "short_factor": [1] * 8}},
+            "rope_parameters.rope_type: 'longrope' needs long_factor",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "longrope", "short_factor": [1] * 8, "long_factor": [1] * 4}},
+            "rope_parameters.long_factor: must be a list of 8 numbers above 0",
         ),
         ({"rope_parameters": {"rope_type": "linear"}}, "'linear' needs factor"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 0.5}}, "factor: 0.5 must be at least 1"),
@@ -513,7 +519,12 @@ def test_config_files_that_are_none(tmp_path):
         with pytest.raises(UserError, match=message):
             load_config(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(UserError, match=r"config\.json: model_type: 'bert' is not served; served: .*llama"):
+    with pytest.raises(UserError, match=r"config\.json: model_type: 'bert' is not served; served: .*llama.*\w$"):
+        load_config(tmp_path)
+    new = {"model_type": "deepseek_v9", "kv_lora_rank": 512, "n_shared_experts": 1, "alibi": False}
+    (tmp_path / "config.json").write_text(json.dumps({**new, "layer_types": ["full_attention", "delta"]}))
+    needs = r"multi-head latent attention \(kv_lora_rank\), shared experts \(n_shared_experts\), layers of type delta"
+    with pytest.raises(UserError, match=rf"'deepseek_v9' is not served; .*would need beyond the decoder: {needs}"):
         load_config(tmp_path)
 
 
@@ -534,7 +545,7 @@ def test_exported_config_means_the_same_in_every_version(fixture):
 
 def test_changed_fields_replace_the_originals():
     config, raw = load_config(FIXTURES / "llama3")
-    changed = DecoderConfig(**{**vars(config), "vocab_size": 150, "rope": RopeConfig(theta=7.0)})
+    changed = DecoderConfig(**{**vars(config), "vocab_size": 150, "ropes": (RopeConfig(theta=7.0),)})
     written = llama.config_to_hf(changed, raw)
     assert llama.config_from_hf(written) == changed
     assert {k: v for k, v in raw.items() if written.get(k) != v}.keys() == {"vocab_size", "rope_parameters"}

@@ -16,12 +16,15 @@ B, T, D, V, VOCAB = 2, 24, 8, 64, 50
 NAMES = ("logps", "entropy", "correct", "mean_logit")
 
 
-def closed_form(hidden, head, tokens, ids, *, vocab_size=VOCAB, needed=None, temperature=1.0):
+def closed_form(hidden, head, tokens, ids, *, vocab_size=VOCAB, needed=None, temperature=1.0, softcap=None):
     """The four statistics, and the function from their cotangents to the gradients of `hidden` and `head`."""
     hidden, head = np.asarray(hidden, np.float64), np.asarray(head, np.float64)
     rows, length = tokens.shape
     stats = {name: np.zeros((rows, length)) for name in NAMES}
-    z = np.einsum("btd,vd->btv", hidden, head[:vocab_size]) / temperature
+    z, slope = np.einsum("btd,vd->btv", hidden, head[:vocab_size]), 1.0
+    if softcap is not None:
+        z, slope = softcap * np.tanh(z / softcap), np.cosh(z / softcap) ** -2.0
+    z = z / temperature
     z_top = z.max(-1, keepdims=True)
     lse = np.log(np.exp(z - z_top).sum(-1, keepdims=True)) + z_top
     logp = z - lse
@@ -44,7 +47,7 @@ def closed_form(hidden, head, tokens, ids, *, vocab_size=VOCAB, needed=None, tem
             onehot = np.arange(vocab_size) == tokens[b, t]
             dz[b, s] = d_logp[b, t] * (onehot - p[b, s]) + d_mean[b, t] / vocab_size
             dz[b, s] -= d_entropy[b, t] * p[b, s] * (logp[b, s] + entropy[b, s])
-        dz /= temperature
+        dz *= slope / temperature
         dhead = np.zeros_like(head)
         dhead[:vocab_size] = np.einsum("btv,btd->vd", dz, hidden)
         return dz @ head[:vocab_size], dhead
@@ -63,7 +66,7 @@ def draw(seed=0, rows=B, length=T, scale=1.0):
     return hidden, head, tokens, ids, cotangents
 
 
-@partial(jax.jit, static_argnames=("vocab_size", "temperature", "chunk_vocab", "min_cut"))
+@partial(jax.jit, static_argnames=("vocab_size", "temperature", "softcap", "chunk_vocab", "min_cut"))
 def stats_and_gradients(hidden, head, tokens, ids, cotangents, needed, min_cut=None, vocab_size=VOCAB, **options):
     """`min_cut` is only there to compile anew for each value that a test sets."""
     run = partial(token_stats, tokens=tokens, segment_ids=ids, needed=needed, vocab_size=vocab_size, **options)
@@ -78,8 +81,8 @@ def assert_close(actual, expected, tolerance=2e-6):
 
 def check(hidden, head, tokens, ids, cotangents, needed=None, *, tolerance=4e-6, vocab_size=VOCAB, **options):
     """Compares all statistics and gradients with the closed form; returns them."""
-    temperature = options.get("temperature", 1.0)
-    stats, vjp = closed_form(hidden, head, tokens, ids, vocab_size=vocab_size, needed=needed, temperature=temperature)
+    how = {"temperature": options.get("temperature", 1.0), "softcap": options.get("softcap")}
+    stats, vjp = closed_form(hidden, head, tokens, ids, vocab_size=vocab_size, needed=needed, **how)
     if needed is None:
         needed = np.ones(tokens.shape, bool)
     actual, *gradients = stats_and_gradients(
@@ -93,13 +96,14 @@ def check(hidden, head, tokens, ids, cotangents, needed=None, *, tolerance=4e-6,
     return actual, *gradients
 
 
-def test_the_closed_forms_gradient_agrees_with_finite_differences():
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_the_closed_forms_gradient_agrees_with_finite_differences(softcap):
     hidden, head, tokens, ids, cotangents = draw(1, rows=1, length=9)
     hidden, head = hidden.astype(np.float64), head.astype(np.float64)
-    _, vjp = closed_form(hidden, head, tokens, ids, temperature=0.7)
+    _, vjp = closed_form(hidden, head, tokens, ids, temperature=0.7, softcap=softcap)
 
     def value(hidden, head):
-        stats, _ = closed_form(hidden, head, tokens, ids, temperature=0.7)
+        stats, _ = closed_form(hidden, head, tokens, ids, temperature=0.7, softcap=softcap)
         return sum((c * stats[n]).sum() for c, n in zip(cotangents, ("logps", "entropy", "mean_logit"), strict=True))
 
     for argument, gradient in enumerate(vjp(*cotangents)):
@@ -112,17 +116,20 @@ def test_the_closed_forms_gradient_agrees_with_finite_differences():
 
 @pytest.mark.parametrize("chunk_vocab", [16, 4096])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_statistics_and_gradients_equal_the_closed_form(chunk_vocab, temperature):
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_statistics_and_gradients_equal_the_closed_form(chunk_vocab, temperature, softcap):
     arrays = draw()
     needed = np.random.default_rng(5).random((B, T)) < 0.6
-    check(*arrays, needed, chunk_vocab=chunk_vocab, temperature=temperature)
+    check(*arrays, needed, chunk_vocab=chunk_vocab, temperature=temperature, softcap=softcap)
 
 
 @pytest.mark.parametrize("vocab_size", [VOCAB, V])
-def test_padding_rows_of_the_head_have_no_probability_and_no_gradient(vocab_size):
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_padding_rows_of_the_head_have_no_probability_and_no_gradient(vocab_size, softcap):
     hidden, head, tokens, ids, cotangents = draw()
     head[VOCAB:] *= 10  # would win every softmax
-    _, _, dhead = check(hidden, head, tokens, ids, cotangents, vocab_size=vocab_size, tolerance=1e-5, chunk_vocab=16)
+    options = {"vocab_size": vocab_size, "softcap": softcap}
+    _, _, dhead = check(hidden, head, tokens, ids, cotangents, tolerance=1e-5, chunk_vocab=16, **options)
     assert np.all(np.asarray(dhead)[vocab_size:] == 0)
 
 

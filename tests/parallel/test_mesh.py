@@ -11,6 +11,7 @@ def test_the_free_axis_takes_what_remains() -> None:
     sizes = resolve_sizes(MeshConfig(data=2, tensor=2), 8)
     assert (sizes["data"], sizes["fsdp"], sizes["tensor"]) == (2, 2, 2)
     assert row_shards(sizes) == 4
+    assert row_shards(resolve_sizes(MeshConfig(expert=4, fsdp=2), 8)) == 8
 
 
 def test_an_axis_that_does_not_divide_is_explained() -> None:
@@ -21,8 +22,8 @@ def test_an_axis_that_does_not_divide_is_explained() -> None:
 
 
 def test_all_impossible_axes_are_named() -> None:
-    text = "\n".join(check_mesh(MeshConfig(expert=2, data=0, fsdp=-1, tensor=-1)))
-    assert "mesh.expert = 2" in text and "mesh.data = 0" in text and "fsdp and tensor are both -1" in text
+    text = "\n".join(check_mesh(MeshConfig(context=2, data=0, fsdp=-1, tensor=-1)))
+    assert "mesh.context = 2" in text and "mesh.data = 0" in text and "fsdp and tensor are both -1" in text
 
 
 def test_the_mesh_has_all_axes() -> None:

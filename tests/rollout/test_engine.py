@@ -13,7 +13,7 @@ from posttrain.config import MeshConfig
 from posttrain.errors import UserError
 from posttrain.models import hf
 from posttrain.models.decoder import ComputeOptions, DecoderConfig, abstract_decoder, init_params
-from posttrain.models.layers import RopeConfig
+from posttrain.models.rope import RopeConfig
 from posttrain.objectives.logps import token_stats
 from posttrain.parallel.mesh import make_mesh, single_device_mesh
 from posttrain.parallel.sharding import flatten, place, unflatten
@@ -23,7 +23,7 @@ from posttrain.rollout.sampling import RowSampling, SamplingParams, sample
 from posttrain.rollout.slots import Chunks, SlotPrograms
 
 LLAMA3 = RopeConfig(1000.0, "llama3", 4.0, 64, 1.0, 4.0)
-SMALL = DecoderConfig(90, 32, 48, 3, 4, 2, 8, rope=LLAMA3, max_position_embeddings=256)
+SMALL = DecoderConfig(90, 32, 48, 3, 4, 2, 8, ropes=(LLAMA3,), max_position_embeddings=256)
 DECODER = abstract_decoder(SMALL, options=ComputeOptions("reference"))
 
 
@@ -192,7 +192,7 @@ def test_a_slot_is_free_on_the_device_when_its_sequence_ends() -> None:
         numbers = [np.asarray([n], np.int32) for n in (0, 3, 1, allowed)]
         starts, counts, slots, allowed_array = numbers
         sampling = RowSampling.stack([SamplingParams()], [0])
-        chunks = Chunks(tokens, starts, counts, slots, np.asarray([True]), allowed_array, sampling)
+        chunks = Chunks(tokens, starts, counts, counts, slots, np.asarray([True]), allowed_array, sampling)
         state, drawn = programs.prefill(PARAMS, programs.fresh(), chunks, window=96)
         assert drawn.tokens.tolist() == [first]
         assert state.remaining.tolist() == [0, remaining]
@@ -316,8 +316,33 @@ def test_bfloat16_stays_near_float32() -> None:
         )
 
 
+@pytest.mark.parametrize("prompt_length", [5, 19, 20, 21, 40])
+def test_longrope_beyond_its_original_length_equals_the_full_forward(prompt_length: int) -> None:
+    """Tokens up to the 20th are drawn by a short model, those behind it by a long one, whatever the prompt was."""
+    rope = RopeConfig(100.0, "longrope", 4.0, 20, short_factor=(1.0, 1.0, 1.5, 2.0), long_factor=(1.0, 3.0, 5.0, 8.0))
+    config = DecoderConfig(90, 32, 48, 3, 4, 2, 8, ropes=(rope,), max_position_embeddings=80)
+    decoder = abstract_decoder(config)
+    prompt = np.random.default_rng(prompt_length).integers(0, 90, prompt_length).tolist()
+    sampling = SamplingParams(temperature=1.0, max_new_tokens=25)
+    requests = [Request(7, prompt, sampling), Request(8, [3, 1], SamplingParams(max_new_tokens=9))]
+    found = {c.id: c for c in Engine(decoder, PARAMS, slots=2, max_length=70, stop_ids=(), steps=4).generate(requests)}
+    assert [len(found[i].token_ids) for i in (7, 8)] == [25, 9]
+    full = jax.jit(lambda params, batch: decoder.merge(params).hidden(batch) @ decoder.merge(params).head().T)
+    sequence = [*prompt, *found[7].token_ids.tolist()]
+    for at in range(prompt_length, len(sequence)):
+        shape = (1, 70)
+        tokens, ids = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        tokens[0, :at], ids[0, :at] = sequence[:at], 1
+        positions = np.minimum(np.arange(70, dtype=np.int32), at - 1)[None]
+        logits = np.asarray(full(PARAMS, Batch(tokens, ids, positions, np.ones(shape, np.float32))))[0, at - 1, :90]
+        expected = jax.nn.log_softmax(logits)[sequence[at]]
+        np.testing.assert_allclose(found[7].logprobs[at - prompt_length], expected, atol=2e-5)
+
+
 def test_dynamic_rope_is_refused_beyond_its_length() -> None:
-    config = DecoderConfig(90, 32, 48, 3, 4, 2, 8, rope=RopeConfig(1000.0, "dynamic", 2.0), max_position_embeddings=32)
+    config = DecoderConfig(
+        90, 32, 48, 3, 4, 2, 8, ropes=(RopeConfig(1000.0, "dynamic", 2.0),), max_position_embeddings=32
+    )
     decoder = abstract_decoder(config)
     with pytest.raises(UserError, match=r"max_length = 33: .*dynamic.* at most 32"):
         Engine(decoder, PARAMS, slots=1, max_length=33, stop_ids=())

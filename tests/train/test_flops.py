@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,9 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from posttrain.models.decoder import ComputeOptions, Decoder, DecoderConfig, abstract_decoder
+from posttrain.config import LoraConfig
+from posttrain.models.architecture import DecoderConfig, LayerKind, MoEConfig
+from posttrain.models.decoder import ComputeOptions, Decoder, abstract_decoder
+from posttrain.models.lora import attach, choose, linear_modules
 from posttrain.records import Batch, Params
 from posttrain.train.flops import StepFlops, attended_pairs, causal_pairs, matmul_weights, peak_flops, train_flops
+from posttrain.train.step import merge
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,8 +41,9 @@ def test_train_flops_counted_by_hand() -> None:
     # One layer: q 8x8, k and v 8x4 each, o 8x8, gate, up and down 8x16 each = 64 + 64 + 64 + 384 = 576 weights;
     # three layers 1728; head 10x8 (not its 128 padded rows) = 80. In all 1808, 6 FLOPs each a token.
     # Two segments of 3 and 2 tokens attend 1+2+3 + 1+2 = 9 pairs. A pair, per head, is two products of length 4:
-    # 2 * 2*4 = 16 FLOPs, with 2 heads and 3 layers 96, three times that with the backward pass.
-    assert train_flops(SMALL, tokens=5, attended=9) == 6 * 1808 * 5 + 3 * 96 * 9 == 56832
+    # 2 * 2*4 = 16 FLOPs, with 2 heads 32, three times that with the backward pass, and that in 3 layers.
+    assert attended_pairs(SMALL, np.array([3, 2])) == 3 * 9
+    assert train_flops(SMALL, tokens=5, attended=3 * 9) == 6 * 1808 * 5 + 3 * 32 * 3 * 9 == 56832
 
 
 @pytest.mark.parametrize(
@@ -55,9 +61,16 @@ def test_matmul_weights_of_published_models(
     assert matmul_weights(DecoderConfig(*sizes)) == parameters - not_in_products
 
 
-def test_train_flops_agree_with_xla() -> None:
+def test_train_flops_of_an_adapter_counted_by_hand() -> None:
+    # The 1808 weights have no gradient: 4 FLOPs a token. The adapter's 100 have one: 6. Attention as ever.
+    assert train_flops(SMALL, tokens=5, attended=27, adapter=100) == (4 * 1808 + 6 * 100) * 5 + 3 * 32 * 27
+
+
+@pytest.mark.parametrize("rank", [None, 32])
+def test_train_flops_agree_with_xla(rank: int | None) -> None:
     """XLA counts a loop's body once, so one layer; it computes all T x T pairs, so those are given. What it counts
-    beyond products (norms, softmax, rotary positions, loss) is small at these sizes."""
+    beyond products (norms, softmax, rotary positions, loss) is small at these sizes. With an adapter it finds no
+    gradient of the frozen weights."""
     config = DecoderConfig(
         vocab_size=512,
         hidden_size=256,
@@ -68,21 +81,37 @@ def test_train_flops_agree_with_xla() -> None:
         head_dim=64,
     )
     B, T = 2, 512
-    decoder = abstract_decoder(config, options=ComputeOptions(attention="reference", remat="none"))
+    decoder, size = abstract_decoder(config, options=ComputeOptions(attention="reference", remat="none")), None
+    trained, frozen = decoder.shapes, {}
+    if rank is not None:
+        adapter = choose(LoraConfig(r=rank), decoder, {path: () for path in linear_modules(decoder)})
+        size = adapter.weights(decoder, experts_per_token=1)
+        decoder = attach(decoder, adapter, jnp.float32)
+        trained, frozen = adapter.split(decoder.shapes)
 
-    def loss(params: Params, batch: Batch) -> jax.Array:
-        model: Decoder = decoder.merge(params)
+    def loss(trained: Params, frozen: Params, batch: Batch) -> jax.Array:
+        model: Decoder = decoder.merge(merge(trained, frozen))
         logits = jnp.einsum("btd,vd->btv", model.hidden(batch), model.head())
         return jnp.sum(jax.nn.logsumexp(logits, axis=-1))
 
     ints, floats = jax.ShapeDtypeStruct((B, T), jnp.int32), jax.ShapeDtypeStruct((B, T), jnp.float32)
-    compiled = jax.jit(jax.grad(loss)).lower(decoder.shapes, Batch(ints, ints, ints, floats)).compile()
+    compiled = jax.jit(jax.grad(loss)).lower(trained, frozen, Batch(ints, ints, ints, floats)).compile()
     analysis = compiled.cost_analysis()
     assert analysis is not None
-    ours = train_flops(config, tokens=B * T, attended=B * T * T)
-    attention = ours - train_flops(config, tokens=B * T, attended=0)
+    ours = train_flops(config, tokens=B * T, attended=B * T * T, adapter=size)
+    attention = ours - train_flops(config, tokens=B * T, attended=0, adapter=size)
     assert attention > 0.2 * ours, "attention must weigh more than the tolerance, or it is not tested"
-    assert ours == pytest.approx(analysis["flops"], rel=0.03)
+    # What enters the first layer needs no gradient where nothing before it is trained; counted as in every layer.
+    first = 0 if rank is None else 2 * B * T * 256 * (256 + 128 + 128 + 3 * rank)
+    assert ours - first == pytest.approx(analysis["flops"], rel=0.03)
+
+
+def test_a_token_is_multiplied_with_its_chosen_experts_only() -> None:
+    # Qwen3-30B-A3B: 30,532,122,624 parameters, of which 120 of 128 experts a layer do not see a token; the input
+    # embedding is looked up; two norms of 2048 and two of 128 a layer, and one of 2048.
+    config = DecoderConfig(151936, 2048, 6144, 48, 32, 4, 128, qk_norm="head", moe=MoEConfig(128, 8, 768))
+    passive = 48 * 120 * 3 * 2048 * 768 + 151936 * 2048 + 48 * (2 * 2048 + 2 * 128) + 2048
+    assert matmul_weights(config) == 30_532_122_624 - passive
 
 
 def test_causal_pairs_do_not_overflow() -> None:
@@ -90,19 +119,18 @@ def test_causal_pairs_do_not_overflow() -> None:
     assert causal_pairs(np.zeros(0, np.int32)) == 0
 
 
-def test_attended_pairs_equal_a_count_of_the_mask() -> None:
-    random = np.random.default_rng(0)
-    lengths = random.integers(1, 9, size=(2, 3, 4))
-    segment_ids = np.zeros((2, 3, 40), np.int32)
-    for a in range(2):
-        for b in range(3):
-            filled = np.repeat([1, 2, 3, 4], lengths[a, b])
-            segment_ids[a, b, : len(filled)] = filled
-    segment_ids[1, 2] = 0  # a row that only fills the batch
-    queries, keys = segment_ids[..., :, None], segment_ids[..., None, :]
-    mask = (queries == keys) & (queries > 0) & np.tri(40, dtype=bool)
-    assert attended_pairs(segment_ids) == mask.sum() > 0
-    assert attended_pairs(np.zeros((2, 8), np.int32)) == 0
+@pytest.mark.parametrize("window", [None, 1, 3, 8, 40])
+def test_causal_pairs_equal_a_count_of_the_mask(window: int | None) -> None:
+    lengths = np.random.default_rng(0).integers(1, 13, size=20)
+    distance = np.arange(40)[:, None] - np.arange(40)[None]
+    seen = (distance >= 0) & (distance < (window or 40))
+    assert causal_pairs(lengths, window) == sum(seen[:n, :n].sum() for n in lengths)
+
+
+def test_each_layer_attends_within_its_own_window() -> None:
+    config = replace(SMALL, num_hidden_layers=5, layer_kinds=(LayerKind(window=2), LayerKind()))
+    # Five tokens: 1 + 2 + 2 + 2 + 2 pairs in layers 0, 2 and 4, 15 in layers 1 and 3.
+    assert attended_pairs(config, np.array([5])) == 3 * 9 + 2 * 15
 
 
 def test_step_flops_ask_the_data_for_the_step() -> None:
