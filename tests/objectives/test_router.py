@@ -144,7 +144,7 @@ def test_an_objective_of_pairs_gets_them_unasked(params: Params) -> None:
     batch = Batch(tokens, ids, positions, (positions > 2).astype(np.float32), sides, margins)
     plain, _ = run(objective, params, split(batch, 1))
     logged, _ = run(both(objective), params, split(batch, 2))
-    assert logged["loss/preference"] == pytest.approx(plain["loss"], rel=1e-5)
+    assert logged["loss/simpo"] == pytest.approx(plain["loss"], rel=1e-5)
     added = 0.5 * logged["loss/router_balance"] + 0.1 * logged["loss/router_z"]
     assert logged["loss"] == pytest.approx(plain["loss"] + added, rel=1e-5)
     assert logged["rewards/accuracies"] == plain["rewards/accuracies"]
