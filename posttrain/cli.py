@@ -10,6 +10,7 @@ COMMANDS = {
     "train": "CONFIG      train as the config says; the same command resumes",
     "evaluate": "CONFIG      loss, metrics and gradient norms on its data, without training",
     "inspect": "CONFIG      show its data as the model sees it, here and as a page",
+    "plan": "CONFIG      will it fit on these chips, how long will it take, what will it cost",
     "generate": "MODEL ROWS  complete prompts or chats, JSON Lines in and out",
     "chat": "MODEL       talk to a model in the terminal",
     "logprobs": "MODEL ROWS  log-probability of every token, JSON Lines in and out",
@@ -201,6 +202,16 @@ def _inspect(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _plan(arguments: Sequence[str]) -> int:
+    from posttrain.plan.command import PlanOptions
+
+    config, options = _config_command("plan", arguments, PlanOptions)
+    from posttrain.plan.command import plan
+
+    plan(config, options)
+    return 0
+
+
 def _simple(command: str, module: str, options: str, function: str) -> Callable[[Sequence[str]], int]:
     """A command whose options are one record: `posttrain.MODULE.FUNCTION(OPTIONS)`."""
 
@@ -218,6 +229,7 @@ HANDLERS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": _train,
     "evaluate": _evaluate,
     "inspect": _inspect,
+    "plan": _plan,
     "generate": _simple("generate", "generate", "GenerateOptions", "generate_file"),
     "chat": _simple("chat", "generate", "ChatOptions", "chat"),
     "logprobs": _simple("logprobs", "logprobs", "LogprobsOptions", "logprobs"),

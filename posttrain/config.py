@@ -77,8 +77,9 @@ class ModelConfig(Section):
     """Compute dtype; auto: bfloat16 on accelerators, float32 on CPU."""
     params_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the parameters that the optimizer updates. Under `lora` the others are kept in the compute dtype."""
-    attention: Literal["auto", "reference", "chunked"] = "auto"
-    """reference: quadratic memory; chunked: linear memory, skips blocks of other segments and of the future."""
+    attention: Literal["auto", "reference", "chunked", "splash"] = "auto"
+    """reference: quadratic memory; chunked: linear memory, skips blocks of other segments and of the future; splash: a
+    kernel for TPUs. auto: splash on TPU, chunked elsewhere."""
     moe: Literal["auto", "ragged", "blocks", "megablox"] = "auto"
     """How the experts of a mixture of experts multiply. ragged: XLA's `ragged_dot`, on most platforms as costly as all
     experts for every token; blocks: a loop over blocks of tokens, for CPU; megablox: a kernel for TPUs."""
@@ -241,6 +242,9 @@ class TrainConfig(Section):
     """Stop after this many steps instead of after data.epochs."""
     grad_reduce_dtype: Literal["float32", "bfloat16"] | None = None
     """Dtype in which gradients are reduced; default: the compute dtype."""
+    xla_options: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    """Compiler options for the train step, for instance
+    `{xla_jf_spmd_threshold_for_windowed_einsum_mib: 1000000}`, which turns collective matmul off on TPU."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A step whose loss or gradient is not finite changes nothing; then stop (with its rows saved), or go on."""
 

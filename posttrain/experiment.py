@@ -5,7 +5,7 @@ devices, the data, the weights.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ from posttrain.data.stats import SourceStats
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.errors import UserError, UserErrors
 from posttrain.models import classifier, hf
+from posttrain.models.attention import choose_attention
 from posttrain.models.decoder import ComputeOptions, Remat, abstract_decoder
 from posttrain.models.embeddings import NewRows, grow_vocabulary
 from posttrain.models.grouped import choose_grouped
@@ -32,9 +33,9 @@ from posttrain.parallel.sharding import flatten, place
 from posttrain.records import Head
 from posttrain.train.adapters import lora_problems, setup_lora
 from posttrain.train.metrics import table
-from posttrain.train.optim import make_optimizer
+from posttrain.train.optim import Optimizer, make_optimizer
 from posttrain.train.resume import run_clock
-from posttrain.train.setup import Experiment, ModelSetup
+from posttrain.train.setup import Experiment, ModelSetup, StepSetup
 from posttrain.train.step import LossSums
 
 
@@ -133,24 +134,32 @@ def batch_split(config: Config, sizes: dict[str, int]) -> tuple[int, int]:
 
 
 def setup_model(
-    config: ModelConfig, mesh_config: MeshConfig, tokenizer: Tokenizer | None = None, *, head: Head = "lm"
+    config: ModelConfig,
+    mesh_config: MeshConfig,
+    tokenizer: Tokenizer | None = None,
+    *,
+    head: Head = "lm",
+    mesh: Mesh | None = None,
 ) -> ModelSetup:
     """Reads the model's `config.json`, starts the devices and places every parameter; loads nothing yet. With a
     tokenizer the embeddings have a row for each of its tokens. With the head `score` it is a reward model, whose score
-    head is new where the directory holds a language model; the other way round is refused."""
-    directory = hf.resolve_model(config.path, config.revision)
+    head is new where the directory holds a language model; the other way round is refused. With a `mesh` no device is
+    started and `config.json` is all that the directory must hold."""
+    directory = hf.resolve_model(config.path, config.revision, weights=mesh is None)
     decoder_config, raw = hf.load_config(directory)
     decoder_config = classifier.with_head(decoder_config, head, raw, str(directory))
     new_rows = NewRows()
     if tokenizer is not None:
         decoder_config, new_rows = grow_vocabulary(decoder_config, tokenizer)
-    start_processes(mesh_config)
-    mesh = make_mesh(mesh_config)
+    if mesh is None:
+        start_processes(mesh_config)
+        mesh = make_mesh(mesh_config)
+    platform = mesh.devices.flat[0].platform
     compute = config.dtype
     if compute == "auto":
-        compute = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    attention = "chunked" if config.attention == "auto" else config.attention
-    options = ComputeOptions(attention, cast(Remat, config.remat), choose_grouped(config.moe, jax.default_backend()))
+        compute = "float32" if platform == "cpu" else "bfloat16"
+    attention, grouped = choose_attention(config.attention, platform), choose_grouped(config.moe, platform)
+    options = ComputeOptions(attention, cast(Remat, config.remat), grouped)
     # Nothing updates frozen parameters: they need no wider dtype than what is computed in.
     dtype = jnp.dtype(compute if config.lora.enabled else config.params_dtype)
     decoder, lora, quantized = abstract_decoder(decoder_config, dtype=dtype, options=options), None, None
@@ -226,8 +235,43 @@ def build(config: Config, *, rejects_dir: str | None = None) -> Experiment:
     if problems:
         raise UserErrors(problems)
     tokenizer = load_tokenizer(config)
+    step, optimizer = build_step(config, tokenizer)
+    model, objective = step.model, step.loss.objective
+    hf.check_weights(model.directory, model.config)
+    data = build_data(
+        config,
+        tokenizer,
+        rows=objective.rows,
+        mismatched=objective.mismatched,
+        heldout_batch_size=step.micro_rows,
+        rejects_dir=rejects_dir,
+        barrier=barrier,
+        gather=gather_texts,
+        is_main=jax.process_index() == 0,
+    )
+    reference = setup_reference(config, model, tokenizer) if objective.needs_reference else None
+    return Experiment(
+        config,
+        model,
+        step.loss,
+        optimizer(total_steps=data.train.num_steps),
+        step.accumulation,
+        step.micro_rows,
+        tokenizer,
+        data,
+        reference,
+    )
+
+
+def build_step(
+    config: Config, tokenizer: Tokenizer | None, mesh: Mesh | None = None
+) -> tuple[StepSetup, Callable[..., Optimizer]]:
+    """What the train step is compiled from, and the optimizer by `total_steps`, of which the step has that for one.
+
+    With a `mesh` nothing is started and no weights are needed: it may be of devices that are not here.
+    """
     plain = build_objective(config.objective)
-    model = setup_model(config.model, config.mesh, tokenizer, head=plain.head)
+    model = setup_model(config.model, config.mesh, tokenizer, head=plain.head, mesh=mesh)
     objective = add_router_losses(plain, config.model, model.config)
     reduced = config.train.grad_reduce_dtype
     if reduced is not None and reduced != model.compute_dtype.name:
@@ -235,7 +279,6 @@ def build(config: Config, *, rejects_dir: str | None = None) -> Experiment:
             f"train.grad_reduce_dtype = {reduced}: only the compute dtype ({model.compute_dtype.name}) is served yet; "
             "leave it null"
         )
-    hf.check_weights(model.directory, model.config)
     accumulation, micro_rows = batch_split(config, dict(model.mesh.shape))
     if objective.whole_batch and accumulation > 1:
         raise UserError(
@@ -252,25 +295,10 @@ def build(config: Config, *, rejects_dir: str | None = None) -> Experiment:
         new_rows=model.new_row_masks,
         only=None if adapter is None else adapter.trained(),
     )
-    optimizer(total_steps=1)  # its patterns are checked before the data is read, which tells the number of steps
-    data = build_data(
-        config,
-        tokenizer,
-        rows=objective.rows,
-        mismatched=objective.mismatched,
-        heldout_batch_size=micro_rows,
-        rejects_dir=rejects_dir,
-        barrier=barrier,
-        gather=gather_texts,
-        is_main=jax.process_index() == 0,
-    )
     dropout = None if model.lora is None else model.lora.dropout
     loss = LossSums(model.decoder, objective, model.compute_dtype, dropout)
-    reference = setup_reference(config, model, tokenizer) if objective.needs_reference else None
-    total = data.train.num_steps
-    return Experiment(
-        config, model, tokenizer, data, loss, optimizer(total_steps=total), accumulation, micro_rows, reference
-    )
+    # The optimizer's patterns are checked here, before the data is read, which tells the number of steps.
+    return StepSetup(config, model, loss, optimizer(total_steps=1), accumulation, micro_rows), optimizer
 
 
 def setup_reference(config: Config, model: ModelSetup, tokenizer: Tokenizer) -> ModelSetup:

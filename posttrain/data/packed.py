@@ -59,6 +59,16 @@ def with_sides(batch: Batch, sides: Sequence[Sequence[Side]], slots: int) -> Bat
     return replace(batch, sides=kinds, margins=margins)
 
 
+def segment_slots(rows: RowsKind, row_length: int, *, mismatched: bool) -> int | None:
+    """Segments of a row of pairs or labelled answers that the per-segment arrays have room for; of others None."""
+    samples = _samples_a_row(rows, row_length)
+    return None if samples is None else samples * (2 if rows == "pairs" or mismatched else 1)
+
+
+def _samples_a_row(rows: RowsKind, row_length: int) -> int | None:
+    return None if rows == "single" else max(1, row_length // _TOKENS_A_SAMPLE)
+
+
 class PackedDataset:
     """Global batches of packed rows, by step.
 
@@ -87,9 +97,8 @@ class PackedDataset:
         self.row_length = row_length
         self.global_batch_size = global_batch_size
         self.rows: RowsKind = rows
-        samples_a_row = None if rows == "single" else max(1, row_length // _TOKENS_A_SAMPLE)
-        segments = 2 if rows == "pairs" or table.partners is not None else 1
-        self.slots = None if samples_a_row is None else segments * samples_a_row
+        samples_a_row = _samples_a_row(rows, row_length)
+        self.slots = segment_slots(rows, row_length, mismatched=table.partners is not None)
         """Of rows of pairs and labelled answers: the size of the per-segment arrays."""
         self.ref_logps: RefLogps | None = None
         """The reference model's log-probabilities, once they are known."""

@@ -7,13 +7,14 @@ Implementations of the former differ in cost only:
 - `chunked`: blocks of queries against blocks of keys with an online softmax (FlashAttention-2, arXiv:2307.08691) in
   plain JAX, for every backend. Memory grows with T. Blocks of the future, of other segments and beyond the window are
   skipped at run time, so a row of many short segments costs what its segments cost.
+- `splash`: the same as a kernel for TPUs (`splash.py`). Blocks of the future and beyond the window are skipped.
 
 Within a row a segment is one contiguous run of equal ids. Id 0 is padding: it attends to nothing, nothing attends to
 it, and its output is zero. Scores, softmax and all accumulation are float32, whatever the inputs are.
 
-With a `window` a token sees itself and the `window - 1` tokens before it (`sliding_window` of Hugging Face configs). It
-may be an array, since the layers of a model may differ in it. A `softcap` bounds scores smoothly before the softmax:
-`cap * tanh(score / cap)` (Gemma 2).
+With a `window` a token sees itself and the `window - 1` tokens before it (`sliding_window` of Hugging Face configs);
+layers may differ in it (`Windows`). A `softcap` bounds scores smoothly before the softmax: `cap * tanh(score / cap)`
+(Gemma 2).
 
 For remat policies such as `jax.checkpoint_policies.save_only_these_names`, the values that the backward pass needs are
 named: `attn_q`, `attn_k`, `attn_v` (the inputs), `attn_out` and, in `chunked`, `attn_lse` (log-sum-exp of each query's
@@ -41,7 +42,22 @@ MASKED = -1e30
 # A window that no row is longer than.
 NO_LIMIT = np.iinfo(np.int32).max
 
-Window = Int32[Array | np.ndarray, ""]
+AUTO = {"tpu": "splash"}
+"""What each platform gets unless the config says otherwise; all others get `chunked`."""
+
+Window = Int32[Array, ""]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The windows that the layers of a model have, None being none, and which of them this layer has."""
+
+    distinct: tuple[int | None, ...]
+    which: Int32[Array, ""]
+
+    def size(self) -> Window:
+        """This layer's, as an array."""
+        return jnp.asarray([NO_LIMIT if w is None else w for w in self.distinct], jnp.int32)[self.which]
 
 
 @dataclass(frozen=True)
@@ -68,7 +84,7 @@ def attention(
     implementation: str,
     scale: float | None = None,
     softcap: float | None = None,
-    window: Int32[Array, ""] | int | None = None,
+    window: Windows | int | None = None,
 ) -> Float[Array, "B T N H"]:
     """softmax(scale * q k^T) v over the keys of the same segment, at or before the query and within its window.
 
@@ -83,8 +99,18 @@ def attention(
         raise UserError(f"model.attention: unknown implementation {implementation!r}; known are: {known}")
     q, k, v = checkpoint_name(q, "attn_q"), checkpoint_name(k, "attn_k"), checkpoint_name(v, "attn_v")
     score = Score(q.shape[-1] ** -0.5 if scale is None else scale, softcap)
-    reach = jnp.asarray(NO_LIMIT if window is None else window, jnp.int32)
-    return IMPLEMENTATIONS[implementation](q, k, v, segment_ids, reach, score)
+    windows = window if isinstance(window, Windows) else Windows((window,), jnp.int32(0))
+    return IMPLEMENTATIONS[implementation](q, k, v, segment_ids, windows, score)
+
+
+def choose_attention(name: str, platform: str) -> str:
+    """The implementation that a name, or `auto`, means on a platform. Raises `UserError` where it cannot run."""
+    chosen = AUTO.get(platform, "chunked") if name == "auto" else name
+    if chosen == "splash" and platform != "tpu":
+        raise UserError(
+            f"model.attention = splash: a kernel for TPUs, this is {platform}; use auto, chunked or reference"
+        )
+    return chosen
 
 
 def cached_attention(
@@ -113,14 +139,14 @@ def reference(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     segment_ids: Int[Array, "B T"],
-    window: Window,
+    windows: Windows,
     score: Score,
 ) -> Float[Array, "B T N H"]:
     """The formula over the whole [T, T] mask."""
     index = jnp.arange(q.shape[1])
     distance = index[:, None] - index[None, :]
     same = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (segment_ids != 0)[:, :, None]
-    mask = same & ((distance >= 0) & (distance < window))[None]
+    mask = same & ((distance >= 0) & (distance < windows.size()))[None]
     mixed = cached_attention(q, k, v, mask, scale=score.scale, softcap=score.softcap)
     return checkpoint_name(mixed, "attn_out")
 
@@ -153,7 +179,7 @@ def chunked(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     segment_ids: Int[Array, "B T"],
-    window: Window,
+    windows: Windows,
     score: Score,
 ) -> Float[Array, "B T N H"]:
     """Blockwise attention in memory linear in T; see the top of this file."""
@@ -162,7 +188,7 @@ def chunked(
     if padding := -T % block:
         q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v))
         segment_ids = jnp.pad(segment_ids, ((0, 0), (0, padding)))
-    return _blockwise(q, k, v, segment_ids, window, score, block)[:, :T]
+    return _blockwise(q, k, v, segment_ids, windows.size(), score, block)[:, :T]
 
 
 class _Plan(NamedTuple):
@@ -308,4 +334,24 @@ def _add_slice(x: Float32[Array, "B K T H"], part: Float32[Array, "B K n H"], at
 _blockwise = jax.custom_vjp(_blockwise_output, nondiff_argnums=(5, 6))
 _blockwise.defvjp(_blockwise_forward, _blockwise_backward)
 
-IMPLEMENTATIONS: dict[str, Callable[..., Float[Array, "B T N H"]]] = {"reference": reference, "chunked": chunked}
+
+def splash(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    segment_ids: Int[Array, "B T"],
+    windows: Windows,
+    score: Score,
+) -> Float[Array, "B T N H"]:
+    """JAX's kernel for TPUs."""
+    from posttrain.models.splash import splash_attention  # Pallas is slow to import
+
+    scoring = {"scale": score.scale, "softcap": score.softcap}
+    return splash_attention(q, k, v, segment_ids, windows.distinct, windows.which, **scoring)
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., Float[Array, "B T N H"]]] = {
+    "reference": reference,
+    "chunked": chunked,
+    "splash": splash,
+}

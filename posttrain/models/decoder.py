@@ -8,14 +8,13 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Int32
 
 from posttrain.models.architecture import DecoderConfig, LayerKind
-from posttrain.models.attention import attention, cached_attention
+from posttrain.models.attention import Windows, attention, cached_attention
 from posttrain.models.block import Block, width_norm
 from posttrain.models.layers import Embedding, Head, ScoreHead
 from posttrain.models.rope import rope_angles
@@ -145,7 +144,7 @@ class Decoder(nnx.Module):
                 implementation=self.options.attention,
                 scale=c.attention_scale,
                 softcap=c.attn_softcap,
-                window=kinds.window(index),
+                window=kinds.windows(index),
             )
             return block.finish(x, mixed, segment_ids > 0, grouped=self.options.grouped)
 
@@ -194,8 +193,7 @@ class Decoder(nnx.Module):
             where = (index, rows[:, None], positions)
             k_cache = k_cache.at[where].set(k.astype(k_cache.dtype), mode="drop")
             v_cache = v_cache.at[where].set(v.astype(v_cache.dtype), mode="drop")
-            sees = kinds.window(kind)
-            mask = (distance >= 0) if sees is None else (distance >= 0) & (distance < sees)
+            mask = (distance >= 0) & (distance < kinds.windows(kind).size())
             old_and_new = read(k_cache, index), read(v_cache, index)
             mixed = cached_attention(q, *old_and_new, mask, scale=c.attention_scale, softcap=c.attn_softcap)
             x, _ = block.finish(x, mixed, jnp.ones(tokens.shape, bool), grouped=self.options.grouped)
@@ -226,12 +224,10 @@ class _Kinds:
         cos, sin = (jax.lax.dynamic_index_in_dim(x, index, keepdims=False) for x in (self.cos, self.sin))
         return cos, sin
 
-    def window(self, index: Int[Array, ""]) -> Int32[Array, ""] | int | None:
-        windows = tuple(kind.window for kind in self.distinct)
-        if len(set(windows)) == 1:
-            return windows[0]
-        no_limit = np.iinfo(np.int32).max
-        return jnp.asarray([no_limit if w is None else w for w in windows], jnp.int32)[index]
+    def windows(self, index: Int[Array, ""]) -> Windows:
+        found = tuple(dict.fromkeys(kind.window for kind in self.distinct))
+        places = jnp.asarray([found.index(kind.window) for kind in self.distinct], jnp.int32)
+        return Windows(found, places[index])
 
 
 def _segment_lengths(segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Int[Array, "B T"]:

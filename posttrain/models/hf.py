@@ -91,16 +91,17 @@ def find_family(model_type: object, raw: Mapping[str, Any] | None = None) -> Fam
     raise UserError(f"model_type: {model_type!r} is not served; served: {', '.join(sorted(known))}{lacking}")
 
 
-def resolve_model(path: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """The local directory of a model: `path` itself, or the snapshot of a hub id.
+def resolve_model(path: str | os.PathLike[str], revision: str | None = None, *, weights: bool = True) -> Path:
+    """The local directory of a model: `path` itself, or the snapshot of a hub id; without `weights`, of config.json.
 
-    Raises `UserError` when there is no such directory or hub model, or when it holds no safetensors.
+    Raises `UserError` when there is no such directory or hub model, or when it lacks the safetensors that are wanted.
     """
     directory = Path(path)
     if "://" in str(path):
         raise UserError(f"{path}: weights are read by slices from local disk; copy the directory there first")
     if directory.is_dir():
-        _check_directory(directory)
+        if weights:
+            _check_directory(directory)
         return directory
     if directory.suffix == ".gguf":
         target = directory.with_suffix("")
@@ -109,18 +110,19 @@ def resolve_model(path: str | os.PathLike[str], revision: str | None = None) -> 
         raise UserError(f"{path}: is a file; name the directory that holds config.json and the safetensors")
     if not HUB_ID.fullmatch(str(path)):
         raise UserError(f"{path}: no such directory, and not a hub id (owner/name)")
-    directory = _download(str(path), revision)
-    _check_directory(directory)
+    directory = _download(str(path), revision, HUB_FILES if weights else ("config.json",))
+    if weights:
+        _check_directory(directory)
     return directory
 
 
-def _download(hub_id: str, revision: str | None) -> Path:
+def _download(hub_id: str, revision: str | None, files: Sequence[str]) -> Path:
     # Imported here: most runs read local directories.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(HUB_FILES)))
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(files)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         at = f" at revision {revision!r}" if revision else ""
         reason = str(error).strip().splitlines()[0]

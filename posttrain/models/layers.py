@@ -3,7 +3,6 @@
 Linear kernels are stored input dims first (`[D, N, H]`), so that a product never transposes them.
 """
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -40,8 +39,7 @@ def parameter(rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str], init: s
     return nnx.Param(makers[init](), axes=tuple(axes))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def contract(x: Float[Array, "..."], weight: Float[Array, "..."], count: int) -> Float[Array, "..."]:
+def _contract(x: Float[Array, "..."], weight: Float[Array, "..."], count: int) -> Float[Array, "..."]:
     """`[..., *inputs] [*inputs, *outputs] -> [..., *outputs]` over `count` input dims.
 
     XLA:CPU writes the first factor of a weight's gradient out transposed, element by element, which can take longer
@@ -51,7 +49,7 @@ def contract(x: Float[Array, "..."], weight: Float[Array, "..."], count: int) ->
 
 
 def _contract_forward(x: Array, weight: Array, count: int) -> tuple[Array, tuple[Array, Array]]:
-    return jnp.tensordot(x, weight, axes=count), (x, weight)
+    return _contract(x, weight, count), (x, weight)
 
 
 def _contract_backward(count: int, residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
@@ -64,6 +62,7 @@ def _contract_backward(count: int, residuals: tuple[Array, Array], dy: Array) ->
     return dx, dweight.transpose(*range(outputs, weight.ndim), *range(outputs))
 
 
+contract = jax.custom_vjp(_contract, nondiff_argnums=(2,))
 contract.defvjp(_contract_forward, _contract_backward)
 
 
@@ -131,7 +130,7 @@ class Linear(nnx.Module):
 def _scaled(x: Float32[Array, "B T ..."], scale: Float32[Array, "..."]) -> Float32[Array, "B T ..."]:
     """`x * scale`, the dims of `scale` being the last ones of `x`.
 
-    The gradient of `scale` is summed over tokens in two stages: XLA:CPU takes ten times as long for one.
+    On CPU the gradient of `scale` is summed over tokens in two stages: XLA takes ten times as long for one.
     """
     return x * scale.reshape((1,) * (x.ndim - scale.ndim) + scale.shape)
 
@@ -142,11 +141,17 @@ def _scaled_forward(x: Array, scale: Array) -> tuple[Array, tuple[Array, Array]]
 
 def _scaled_backward(residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, scale = residuals
-    B, T, *rest = x.shape
-    width = math.gcd(T, 32)
-    columns = (dy * x).reshape(B, T // width, width, *rest).sum((0, 1))
-    columns = jax.lax.optimization_barrier(columns)  # else XLA makes one sum of both
-    return _scaled(dy, scale), columns.sum(tuple(range(columns.ndim - scale.ndim)))
+    products = dy * x
+    dims = tuple(range(x.ndim - scale.ndim))
+
+    def in_two_stages(products: Array) -> Array:
+        B, T, *rest = products.shape
+        width = math.gcd(T, 32)
+        columns = products.reshape(B, T // width, width, *rest).sum(1)
+        return jax.lax.optimization_barrier(columns).sum(dims)  # else XLA makes one sum of both
+
+    sums = jax.lax.platform_dependent(products, cpu=in_two_stages, default=lambda products: products.sum(dims))
+    return _scaled(dy, scale), sums
 
 
 _scaled.defvjp(_scaled_forward, _scaled_backward)

@@ -3,11 +3,13 @@
 import itertools
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from jax._src import distributed, xla_bridge  # what they are used for has no public name
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from posttrain.config import MeshConfig
@@ -16,7 +18,7 @@ from posttrain.errors import UserError, UserErrors
 AXES = ("replica", "data", "fsdp", "context", "tensor", "expert")
 ROW_AXES = ("replica", "data", "fsdp", "expert")
 """Axes over which the rows of a batch are split."""
-SERVED_AXES = ("data", "fsdp", "tensor", "expert")
+SERVED_AXES = ("replica", "data", "fsdp", "tensor", "expert")
 
 _barriers = itertools.count()
 """Every barrier needs a name of its own; all processes come to the same ones in the same order."""
@@ -111,11 +113,27 @@ def resolve_sizes(config: MeshConfig, device_count: int) -> dict[str, int]:
     return sizes
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """A mesh with all six axes (most of size 1) over all devices of all processes."""
-    sizes = resolve_sizes(config, jax.device_count())
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh with all six axes (most of size 1) over all devices of all processes, or over these.
+
+    Where the devices are in several slices, `replica` runs across them first: what it moves goes over the network
+    between slices. Raises `UserError` where it cannot.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = resolve_sizes(config, len(devices))
     shape = tuple(sizes[name] for name in AXES)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    types = (AxisType.Auto,) * len(AXES)
+    if slices == 1:
+        return jax.make_mesh(shape, AXES, devices=devices, axis_types=types)
+    if sizes["replica"] % slices:
+        raise UserError(
+            f"mesh.replica = {sizes['replica']}: the devices are in {slices} slices, between which only replica runs; "
+            f"set it to {slices}, or to a multiple"
+        )
+    across = tuple(slices if name == "replica" else 1 for name in AXES)
+    within = tuple(size // outer for size, outer in zip(shape, across, strict=True))
+    return Mesh(mesh_utils.create_hybrid_device_mesh(within, across, devices), AXES, axis_types=types)
 
 
 def single_device_mesh() -> Mesh:

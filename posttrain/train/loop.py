@@ -3,26 +3,25 @@
 import contextlib
 import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 
 from posttrain.errors import UserError
 from posttrain.models.peft import CONFIG_FILE
 from posttrain.parallel.mesh import barrier
-from posttrain.parallel.sharding import batch_sharding
-from posttrain.records import Batch, Params, Scalars, TrainState
+from posttrain.records import Params, Scalars, TrainState
 from posttrain.train.checkpoint import BEST_METRIC, Checkpoints
 from posttrain.train.flops import StepFlops, peak_flops
 from posttrain.train.heldout import DatasetLoss, global_batches
 from posttrain.train.metrics import Console, MetricsLog, Throughput
 from posttrain.train.reference import with_reference
 from posttrain.train.resume import check_model, check_resume, save_config
-from posttrain.train.setup import Experiment
+from posttrain.train.setup import Experiment, StepSetup
 from posttrain.train.step import make_train_step
 from posttrain.train.stop import StopRequest
 
@@ -41,10 +40,18 @@ class RunResult:
 class OneShape:
     """A function compiled once, ahead of time. A call with other shapes is an error that says which changed."""
 
-    def __init__(self, function: Callable[..., Any], mesh: jax.sharding.Mesh, *arguments: Any, donate: tuple[int, ...]):
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        mesh: jax.sharding.Mesh,
+        *arguments: Any,
+        donate: tuple[int, ...],
+        options: Mapping[str, bool | int | float | str] = MappingProxyType({}),
+    ):
         self._expected = [_shapes(argument) for argument in arguments]
         with jax.set_mesh(mesh):
-            self.compiled = jax.jit(function, donate_argnums=donate).lower(*arguments).compile()
+            lowered = jax.jit(function, donate_argnums=donate).lower(*arguments)
+            self.compiled = _compile(lowered, options)
 
     def __call__(self, *arguments: Any) -> Any:
         for position, (argument, expected) in enumerate(zip(arguments, self._expected, strict=True)):
@@ -58,30 +65,26 @@ class OneShape:
         return self.compiled(*arguments)
 
 
+def _compile(lowered: Any, options: Mapping[str, Any]) -> Any:
+    try:
+        return lowered.compile(compiler_options=dict(options))
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0]
+        if not options or not reason.startswith("INVALID_ARGUMENT"):
+            raise
+        raise UserError(f"train.xla_options: {reason}; correct it or leave it out") from error
+
+
 def _shapes(tree: Any) -> dict[str, tuple[Any, ...]]:
     leaves = jax.tree.leaves_with_path(tree)
     return {jax.tree_util.keystr(path): (tuple(leaf.shape), str(leaf.dtype)) for path, leaf in leaves}
 
 
-def abstract_batch(experiment: Experiment) -> Batch:
-    """Shapes and sharding of what the train step is fed."""
-    accumulation, rows, length = experiment.accumulation, experiment.micro_rows, experiment.config.data.row_length
-    sharding, slots = batch_sharding(experiment.mesh), experiment.data.train.slots
-
-    def shaped(dtype: Any, size: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((accumulation, rows, size), dtype, sharding=sharding)
-
-    ints = shaped(np.int32, length)
-    batch = Batch(ints, ints, ints, shaped(np.float32, length))
-    if slots is not None:
-        batch = replace(batch, sides=shaped(np.int32, slots), margins=shaped(np.float32, slots))
-    return batch if experiment.reference is None else replace(batch, ref_logps=shaped(np.float32, length))
-
-
-def compile_step(experiment: Experiment) -> OneShape:
-    """The train step of this experiment, compiled for its mesh; the state is donated."""
-    step = make_train_step(experiment.loss, experiment.optimizer)
-    return OneShape(step, experiment.mesh, experiment.abstract_state(), abstract_batch(experiment), donate=(0,))
+def compile_step(setup: StepSetup) -> OneShape:
+    """The train step, compiled for its mesh; the state is donated."""
+    step = make_train_step(setup.loss, setup.optimizer)
+    arguments, options = (setup.abstract_state(), setup.abstract_batch()), setup.config.train.xla_options
+    return OneShape(step, setup.mesh, *arguments, donate=(0,), options=options)
 
 
 def run(experiment: Experiment) -> RunResult:

@@ -22,6 +22,7 @@ FREE_KEYS = (
     "evaluate.",
     "train.micro_batch_size",
     "train.on_nonfinite",
+    "train.xla_options",
     "model.attention",
     "model.remat",
     "data.cache_dir",

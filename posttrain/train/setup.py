@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Bool
 
 from posttrain.config import Config
+from posttrain.data.packed import segment_slots
 from posttrain.data.pipeline import Datasets
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.models import hf
@@ -25,8 +26,8 @@ from posttrain.models.embeddings import NewRows
 from posttrain.models.lora import Adapter, Dropout, initial_values, merge_adapter
 from posttrain.models.peft import PeftModule, read_adapter, write_adapter
 from posttrain.models.quantize import Quantization
-from posttrain.parallel.sharding import Placement, flatten, replicated, unflatten
-from posttrain.records import Params, TrainState
+from posttrain.parallel.sharding import Placement, batch_sharding, flatten, replicated, unflatten
+from posttrain.records import Batch, Params, TrainState
 from posttrain.train.checkpoint import Checkpoints
 from posttrain.train.optim import Optimizer
 from posttrain.train.step import LossSums, cast, merge
@@ -198,21 +199,17 @@ class ModelSetup:
 
 
 @dataclass(frozen=True)
-class Experiment:
-    """A config, built."""
+class StepSetup:
+    """All that the train step is compiled from: no data, no weights."""
 
     config: Config
     model: ModelSetup
-    tokenizer: Tokenizer
-    data: Datasets
     loss: LossSums
     optimizer: Optimizer
     accumulation: int
     """Accumulation steps per optimizer step."""
     micro_rows: int
     """Rows of one accumulation step, over all devices."""
-    reference: ModelSetup | None = None
-    """The model that the objective compares with, if it needs one."""
 
     @property
     def mesh(self) -> Mesh:
@@ -223,6 +220,21 @@ class Experiment:
         """Parameters of the adapter that a token is multiplied with; None without adapter."""
         lora, moe = self.model.lora, self.model.config.moe
         return None if lora is None else lora.adapter.weights(lora.plain, 1 if moe is None else moe.num_experts_per_tok)
+
+    def abstract_batch(self) -> Batch:
+        """Shapes and sharding of what the train step is fed."""
+        objective, length = self.loss.objective, self.config.data.row_length
+        slots = segment_slots(objective.rows, length, mismatched=objective.mismatched)
+        sharding = batch_sharding(self.mesh)
+
+        def shaped(dtype: Any, size: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((self.accumulation, self.micro_rows, size), dtype, sharding=sharding)
+
+        ints = shaped(np.int32, length)
+        batch = Batch(ints, ints, ints, shaped(np.float32, length))
+        if slots is not None:
+            batch = replace(batch, sides=shaped(np.int32, slots), margins=shaped(np.float32, slots))
+        return replace(batch, ref_logps=shaped(np.float32, length)) if objective.needs_reference else batch
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of all that training changes."""
@@ -237,6 +249,16 @@ class Experiment:
         )
         step = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
         return TrainState(params, placed, step, jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=whole))
+
+
+@dataclass(frozen=True)
+class Experiment(StepSetup):
+    """A config, built."""
+
+    tokenizer: Tokenizer
+    data: Datasets
+    reference: ModelSetup | None = None
+    """The model that the objective compares with, if it needs one."""
 
     def initial_state(self) -> TrainState:
         """The pretrained weights, a fresh optimizer, step 0."""

@@ -74,7 +74,7 @@ def inputs(length: int = T, rows: int = B, seed: int = 0):
     return draw(seed, (rows, length, N, H), (rows, length, K, H), (rows, length, K, H), (rows, length, N, H))
 
 
-@partial(jax.jit, static_argnames=("implementation", "scale", "softcap", "block"))
+@partial(jax.jit, static_argnames=("implementation", "scale", "softcap", "window", "block"))
 def output_and_gradients(
     q, k, v, segment_ids, dout, implementation, scale=None, softcap=None, window=None, *, block=16
 ):

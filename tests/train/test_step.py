@@ -130,7 +130,16 @@ def test_packing_changes_nothing(params: Params, attention: str) -> None:
     )
 
 
-@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 4, "fsdp": 2}, {"data": 2, "fsdp": 2, "tensor": 2}])
+MESHES = (
+    {"fsdp": 8},
+    {"data": 4, "fsdp": 2},
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"replica": 2, "fsdp": 4},
+    {"replica": 2, "data": 2, "tensor": 2},
+)
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_the_mesh_changes_nothing(params: Params, sizes: dict[str, int], accumulation: int) -> None:
     batch, loss = split(make_rows(packed=False), accumulation), loss_sums()

@@ -1,0 +1,102 @@
+"""`posttrain plan`: what is refused before anything is compiled; and real compilations for v5e."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from posttrain.config import Config, parse_config
+from posttrain.errors import UserErrors
+from posttrain.plan.command import PlanOptions, compile_in_worker, plan
+
+TINY = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "vocab_size": 4096,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+}
+LAYER = 2 * (256 * (2 * 4 + 2 * 2) * 128 + 3 * 256 * 512)
+"""Bytes of a layer's matrices in bf16."""
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"topology": "v5p-16"}, "how many there are, not how they are connected"),
+        ({"topology": "v5e:2x2x1"}, "a v5e slice has 2 dims"),
+        ({"topology": "v9:2x2"}, "no chip 'v9'; known: v4, v5e"),
+        ({"topology": "v5e:2x2", "slices": 0}, "--slices 0: at least 1"),
+        ({"topology": "v5e:2x2", "tokens": -1.0}, "--tokens -1.0: must be above 0"),
+        ({"topology": "v5e:2x2", "price": 2.0}, "give --tokens too"),
+    ],
+)
+def test_wrong_options_are_refused(options: dict, reason: str):
+    with pytest.raises(UserErrors) as caught:
+        plan(Config(), PlanOptions(**options))
+    assert reason in str(caught.value)
+
+
+def config(directory: Path, **sections: dict) -> Config:
+    (directory / "config.json").write_text(json.dumps(TINY))
+    raw = {
+        "model": {"path": str(directory), "remat": "full"},
+        "data": {"train": [{"path": "none.jsonl"}], "row_length": 1024, "max_length": 512},
+        "train": {"global_batch_size": 4},
+        "mesh": {"fsdp": -1},
+    }
+    return parse_config({name: {**raw.get(name, {}), **sections.get(name, {})} for name in {*raw, *sections}}, "test")
+
+
+@pytest.mark.acceptance
+def test_the_step_as_v5e_runs_it(tmp_path: Path):
+    """What must hold of the compiled step, of fine-tuning on four chips: no parameter is whole but in its layer."""
+    pytest.importorskip("libtpu")
+    found = compile_in_worker(config(tmp_path), "v5e:2x2", 1)
+    cost, memory = found["cost"], found["memory"]
+    assert found["mesh"]["fsdp"] == 4 and found["attention"] == "splash"
+    kernels = {kernel["name"]: kernel["executed"] for kernel in cost["kernels"] if "splash" in kernel["name"]}
+    assert sorted(kernels.values()) == [6, 6, 12], "forward twice, dq, dkv in each of six layers"
+    assert all(loop["trips"] is not None for loop in cost["loops"])
+
+    stored = found["work"]["parameters"]
+    assert memory["params"] == pytest.approx(stored * 4 / 4, rel=0.01) and memory["optimizer"] == pytest.approx(
+        2 * memory["params"], rel=0.01
+    )
+    # Activations of six layer inputs and one layer's own, two gathered layers, chunks of logits; not six layers.
+    row = 1024 * 256 * 2
+    assert memory["temporaries"] < memory["params"] + 6 * row + 30 * row + 4 * LAYER + 3 * 1024 * 4096 * 4
+
+    gathered = sum(c["payload_bytes"] for c in cost["collectives"] if c["kind"] in ("all-gather", "collective-permute"))
+    reduced = [c for c in cost["collectives"] if c["kind"] in ("reduce-scatter", "all-reduce")]
+    head = 2 * 256 * 4096
+    assert gathered <= 2.1 * (6 * LAYER + 2 * head), "every weight twice: for the forward and the backward pass"
+    assert all(c["axes"] == ["fsdp"] for c in cost["collectives"])
+    assert sum(c["payload_bytes"] for c in reduced) <= 1.1 * (6 * LAYER + 2 * head), "every gradient once, in bf16"
+
+
+@pytest.mark.acceptance
+def test_as_a_user_calls_it(tmp_path: Path):
+    """Preference pairs and an adapter, from the command line; JSON and tables."""
+    pytest.importorskip("libtpu")
+    written = config(tmp_path, objective={"name": "sigmoid"}, model={"lora": {"r": 8}, "path": str(tmp_path)})
+    file = tmp_path / "plan.yaml"
+    file.write_text(json.dumps(written.model_dump(mode="json")))
+    command = [sys.executable, "-m", "posttrain.cli", "plan", str(file), "--topology", "v5e:2x2"]
+    done = subprocess.run([*command, "--tokens", "1e9", "--price", "1.2", "--json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["chip"] == "v5e" and found["prediction"]["chips"] == 4
+    low, high = found["prediction"]["cost"]
+    hours = 1e9 / 4096 * found["prediction"]["step_seconds"][0] / 3600
+    assert low == pytest.approx(hours * 4 * 1.2) and low < high
+    assert 0 < found["work"]["trained"] < found["work"]["parameters"] / 10
+    assert found["memory"]["optimizer"] < found["memory"]["params"], "only the adapter has moments"

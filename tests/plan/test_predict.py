@@ -1,0 +1,86 @@
+"""Predicted times, rates and cost, by hand from round figures."""
+
+import pytest
+
+from posttrain.plan.chips import Chip
+from posttrain.plan.predict import KERNEL_SHARE, SLICED, predict
+
+CHIP = Chip("made up", 100e12, 16e9, 1e12, 100e9, 10e9, 1e9, ("Made up",))
+
+
+def collective(kind: str, wire: float, **given) -> dict:
+    record = {"kind": kind, "axes": ["fsdp"], "network": "ici", "sliced": False, "executed": 2.0}
+    return record | {"payload_bytes": wire, "wire_bytes": wire} | given
+
+
+def plan(collectives=(), kernels=(), **given) -> dict:
+    cost = {"mxu_flops": 40e12, "hbm_bytes": 0.25e12, "estimated_cycles": 0.5e9}
+    return {
+        "mesh": {"fsdp": 4, "data": 2},
+        "num_layers": 10,
+        "accumulation": 2,
+        "memory": {"peak": 12e9},
+        "work": {"tokens": 8000, "model_flops": 8 * 30e12, "attention_flops": 8 * 6e12},
+        "cost": cost | {"collectives": list(collectives), "kernels": list(kernels)},
+    } | given
+
+
+def test_computation_alone():
+    found = predict(plan(), CHIP, tokens=None, price=None)
+    assert found.fits and found.memory_share == 0.75
+    assert found.compute_seconds == 0.5 and found.step_seconds == (0.5, 0.5)
+    assert found.matmul_seconds == 0.4 and found.hbm_seconds == 0.25
+    assert found.tokens_per_second == (16000, 16000)
+    assert found.mfu == (0.6, 0.6)
+    assert found.executed_over_useful == pytest.approx(40 / 30)
+    assert found.chips == 8 and found.hours is found.chip_hours is found.cost is None
+
+
+def test_hours_and_cost():
+    found = predict(plan(), CHIP, tokens=8000.0 * 7200, price=1.5)
+    assert found.hours == (1.0, 1.0) and found.chip_hours == (8.0, 8.0) and found.cost == (12.0, 12.0)
+
+
+def test_attention_kernels():
+    """Six products of all pairs are 6 TFLOP on a device: a call, of one of 10 layers and 2 accumulation steps, takes
+    0.05 TFLOP a product. Executed: 2 forward passes, dq and dkv: 11 products in each of 20 calls."""
+    kernels = [
+        {"name": "splash_mha_fwd_segmented_residuals", "executed": 40.0},
+        {"name": "splash_mha_dq_segmented_no_residuals", "executed": 20.0},
+        {"name": "splash_mha_dkv_segmented_no_residuals", "executed": 20.0},
+        {"name": "another", "executed": 20.0},
+    ]
+    found = predict(plan(kernels=kernels), CHIP, tokens=None, price=None)
+    assert found.attention_seconds == pytest.approx(0.11)
+    assert found.step_seconds == pytest.approx((0.61, 0.5 + 0.11 / KERNEL_SHARE))
+    assert found.matmul_seconds == pytest.approx(0.51)
+
+
+def test_collectives_are_hidden_or_not():
+    moved = [
+        collective("all-gather", 20e9, axes=["fsdp"]),
+        collective("all-gather", 10e9, axes=["fsdp"], dtype="f32"),
+        collective("all-gather", 1e9, axes=["data"], network="dcn"),
+        collective("all-reduce", 40e9, sliced=True),
+    ]
+    found = predict(plan(moved), CHIP, tokens=None, price=None)
+    assert [(w.kind, w.network, w.seconds) for w in found.wires] == [
+        (SLICED, "ici", 0.4),
+        ("all-gather", "ici", pytest.approx(0.3)),
+        ("all-gather", "dcn", 0.1),
+    ]
+    assert found.wires[1].executed == 4 and found.wires[1].payload_bytes == 30e9
+    assert found.wire_seconds == pytest.approx(0.8)
+    # Low: 0.5 s of computation against 0.6 s of wires, the sliced all-reduce at half. High: 0.5 s and 0.8 s.
+    assert found.step_seconds == pytest.approx((0.6, 1.3))
+
+
+def test_devices_that_share_a_chip():
+    half = Chip("made up", 200e12, 32e9, 2e12, 200e9, 20e9, 1e9, ("Made up",), devices_per_chip=2)
+    found = predict(plan(), half, tokens=8000.0 * 7200, price=1.0)
+    assert found.chips == 4 and found.cost == (4.0, 4.0)
+    assert found.mfu == (0.6, 0.6) and found.memory_share == 0.75
+
+
+def test_too_large():
+    assert not predict(plan(memory={"peak": 17e9}), CHIP, tokens=None, price=None).fits
