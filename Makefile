@@ -64,7 +64,12 @@ $(VOCABULARIES)/.ready: | $(READY)
 	cp $(VOCABULARIES)/unpacked/mistral_common/data/*.model.v* $(VOCABULARIES)/mistral
 	rm $(VOCABULARIES)/*.tgz $(VOCABULARIES)/*.whl && touch $@
 
-acceptance: $(READY) $(SMOLLM2)/config.json $(GEMMA3)/config.json .cache/templates/.ready $(VOCABULARIES)/.ready
+# The TPU compiler; apart, because wherever it is installed JAX looks for TPUs and says that there are none.
+$(VENV)/.plan: | $(READY)
+	$(BIN)/python -m pip install --quiet --editable '.[plan]'
+	@touch $@
+
+acceptance: $(READY) $(VENV)/.plan $(SMOLLM2)/config.json $(GEMMA3)/config.json .cache/templates/.ready $(VOCABULARIES)/.ready
 	POSTTRAIN_SMOLLM2=$(SMOLLM2) POSTTRAIN_GEMMA3=$(GEMMA3) \
 	  POSTTRAIN_TEMPLATES=.cache/templates POSTTRAIN_VOCABULARIES=$(VOCABULARIES) \
 	  $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m acceptance
