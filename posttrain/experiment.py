@@ -24,6 +24,7 @@ from posttrain.errors import UserError, UserErrors
 from posttrain.models import classifier, hf
 from posttrain.models.attention import choose_attention
 from posttrain.models.decoder import ComputeOptions, Remat, abstract_decoder
+from posttrain.models.directory import resolve_model
 from posttrain.models.embeddings import NewRows, grow_vocabulary
 from posttrain.models.grouped import choose_grouped
 from posttrain.objectives.find import build_objective
@@ -145,7 +146,7 @@ def setup_model(
     tokenizer the embeddings have a row for each of its tokens. With the head `score` it is a reward model, whose score
     head is new where the directory holds a language model; the other way round is refused. With a `mesh` no device is
     started and `config.json` is all that the directory must hold."""
-    directory = hf.resolve_model(config.path, config.revision, weights=mesh is None)
+    directory = resolve_model(config.path, config.revision, weights=mesh is None)
     decoder_config, raw = hf.load_config(directory)
     decoder_config = classifier.with_head(decoder_config, head, raw, str(directory))
     new_rows = NewRows()

@@ -13,6 +13,7 @@ from posttrain.errors import UserError
 from posttrain.models import hf
 from posttrain.models.architecture import DecoderConfig
 from posttrain.models.decoder import AbstractDecoder
+from posttrain.models.directory import HUB_ID
 from posttrain.models.embeddings import NewRows
 from posttrain.models.lora import attach, choose, with_dropout
 from posttrain.models.peft import base_of, is_adapter, peft_modules, read_adapter, short_names
@@ -91,7 +92,7 @@ def named_model(path: str, base: str | None, revision: str | None, **options: An
     named, named_revision = (base, revision) if base is not None else base_of(path)
     if not named:
         raise UserError(f"{path}: its adapter_config.json names no base model; name it with --base")
-    if base is None and not Path(named).is_dir() and not hf.HUB_ID.fullmatch(named):
+    if base is None and not Path(named).is_dir() and not HUB_ID.fullmatch(named):
         raise UserError(f"{path}: its base model {named} is not there; name it with --base")
     return ModelConfig(path=named, revision=named_revision, lora=LoraConfig(path=path), **options)
 

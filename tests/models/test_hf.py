@@ -27,13 +27,13 @@ from posttrain.data.tokenizer import Tokenizer
 from posttrain.errors import UserError, UserErrors
 from posttrain.models import hf, llama
 from posttrain.models.architecture import DecoderConfig
+from posttrain.models.directory import resolve_model
 from posttrain.models.hf import (
     CheckpointReader,
     find_family,
     load_config,
     load_generation_config,
     load_params,
-    resolve_model,
 )
 from posttrain.models.rope import RopeConfig
 from posttrain.parallel.sharding import flatten, unflatten
