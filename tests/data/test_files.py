@@ -249,7 +249,7 @@ def test_a_file_smaller_than_a_part_is_one_part(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"a": [1, 2]}), tmp_path / "rows.parquet")
     write(tmp_path / "rows.jsonl", '{"a": 1}\n{"a": 2}\n')
     write(tmp_path / "rows.json", '[{"a": 1}, {"a": 2}]')
-    write(tmp_path / "rows.jsonl.gz", gzip.compress(b'{"a": 1}\n{"a": 2}\n'))
+    write(tmp_path / "rows.jsonl.gz", gzip.compress(b'{"a": 1}\n{"a": 2}\n', mtime=0))
     write_array_record(tmp_path / "rows.array_record", [b'{"a": 1}', b'{"a": 2}'])
     for path in tmp_path.iterdir():
         with open_records(str(path)) as file:
@@ -265,7 +265,7 @@ def test_files_without_rows_have_one_empty_part(tmp_path: Path, name: str) -> No
     elif name.endswith("record"):
         write_array_record(path, [])
     else:
-        write(path, gzip.compress(b"") if name.endswith("gz") else b"")
+        write(path, gzip.compress(b"", mtime=0) if name.endswith("gz") else b"")
     assert in_parts(path, 10) == []
 
 
@@ -299,7 +299,7 @@ def test_paths_that_fsspec_opens() -> None:
         ("rows.parquet.gz", b"", "unknown kind of file"),
         ("rows.parquet", b"PAR1 no", "not a readable Parquet file"),
         ("rows.jsonl.gz", b"no gzip", "cannot be read"),
-        ("rows.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99)[:-9], "cannot be read"),
+        ("rows.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:-9], "cannot be read"),
         ("rows.jsonl.xz", b"\xfd7zXZ\x00broken", "cannot be read"),
         ("rows.jsonl.bz2", bz2.compress(b'{"a": 1}\n' * 99)[:-9], "cannot be read"),
         ("rows.jsonl.zst", zstd(b'{"a": 1}\n' * 99)[:-9], "cannot be read"),
@@ -309,7 +309,7 @@ def test_paths_that_fsspec_opens() -> None:
         ("rows.jsonl", '{"a": 1}'.encode("utf-16"), "the file is UTF-16; fix: save it as UTF-8"),
         ("rows.jsonl", '{"a": 1}'.encode("utf-16-le"), "the file is UTF-16; fix: save it as UTF-8"),
         ("rows.jsonl", '{"a": 1}'.encode("utf-16-be"), "the file is UTF-16; fix: save it as UTF-8"),
-        ("rows.jsonl", gzip.compress(b"{}"), "the file is compressed with gzip; fix: let its name end in .gz"),
+        ("rows.jsonl", gzip.compress(b"{}", mtime=0), "the file is compressed with gzip; fix: let its name end in .gz"),
         ("rows.jsonl", bz2.compress(b"{}"), "the file is compressed with bzip2"),
         ("rows.jsonl", lzma.compress(b"{}"), "the file is compressed with xz"),
         ("rows.jsonl", zstd(b"{}"), "the file is compressed with Zstandard"),
