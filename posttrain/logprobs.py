@@ -48,7 +48,7 @@ class RowsOptions:
     """Length of a packed row; longer rows widen it."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype; auto: bfloat16 on accelerators, float32 on CPU."""
-    attention: Literal["auto", "reference", "chunked"] = "auto"
+    attention: Literal["auto", "reference", "chunked", "splash"] = "auto"
     base: str | None = None
     """Of an adapter: the model that it belongs to; default: the one that it names."""
     revision: str | None = None

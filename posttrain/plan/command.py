@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from posttrain.config import Config
 from posttrain.errors import UserError, UserErrors
 from posttrain.plan.chips import GIB, chip_of
 from posttrain.plan.predict import KERNEL_SHARE, NOT_MODELLED, Prediction, predict
-from posttrain.plan.topology import check_libtpu, check_topology
+from posttrain.plan.topology import ENVIRONMENT, check_libtpu, check_topology
 from posttrain.train.metrics import table
 
 
@@ -67,7 +68,11 @@ def compile_in_worker(config: Config, topology: str, slices: int) -> dict[str, A
     console, started = Console(stderr=True), time.monotonic()
     with console.status(f"compiling the train step for {topology}") as status:
         worker = subprocess.Popen(
-            [sys.executable, "-m", "posttrain.plan.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-m", "posttrain.plan.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | ENVIRONMENT,
         )
         given: str | None = json.dumps(request)
         while True:

@@ -5,9 +5,10 @@ loaded once.
 """
 
 import importlib.util
-import os
 import re
 from typing import Any
+
+from jax.experimental import topologies
 
 from posttrain.errors import UserError
 
@@ -50,8 +51,6 @@ def check_libtpu() -> None:
 
 def described_devices(name: str, slices: int) -> list[Any]:
     """The devices of the topology, of all slices. Raises `UserError` for one that libtpu does not know."""
-    from jax.experimental import topologies
-
     options = {"num_slices": slices} if slices > 1 else {}
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
@@ -59,8 +58,3 @@ def described_devices(name: str, slices: int) -> list[Any]:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--topology {name}: libtpu does not know it ({reason}); the form is {FORM}") from error
     return list(described.devices)
-
-
-def set_environment() -> None:
-    """Before JAX is imported."""
-    os.environ.update(ENVIRONMENT)

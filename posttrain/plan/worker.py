@@ -1,8 +1,8 @@
 """`python -m posttrain.plan.worker`: compiles a run's train step for a topology and says what it costs.
 
-A process of its own, since libtpu is loaded once and configured by the environment. Reads `{"config", "topology",
-"slices"}` as JSON from standard input and writes `Compiled` as JSON to standard output; problems go out as
-`{"problems": [...]}`.
+A process of its own, since libtpu is loaded once and configured by the environment (`topology.ENVIRONMENT`). Reads
+`{"config", "topology", "slices"}` as JSON from standard input and writes what `compile_plan` says as JSON to standard
+output; problems go out as `{"problems": [...]}`.
 """
 
 import dataclasses
@@ -11,9 +11,22 @@ import math
 import sys
 import time
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
-from posttrain.plan.topology import described_devices, set_environment
+import jax
+import numpy as np
+
+from posttrain.config import parse_config
+from posttrain.errors import UserError, UserErrors
+from posttrain.experiment import build_step, check_config, load_tokenizer
+from posttrain.parallel.mesh import make_mesh
+from posttrain.parallel.sharding import flatten
+from posttrain.plan.program import program_cost
+from posttrain.plan.topology import described_devices
+from posttrain.train.flops import attended_pairs, train_flops
+from posttrain.train.loop import compile_step
+from posttrain.train.setup import StepSetup
 
 
 @dataclass(frozen=True)
@@ -46,22 +59,12 @@ class Work:
 
 
 def compile_plan(request: dict[str, Any]) -> dict[str, Any]:
-    """The figures of a request, as plain data."""
-    import jax
-    from jax.sharding import Mesh
-
-    from posttrain.config import parse_config
-    from posttrain.errors import UserErrors
-    from posttrain.experiment import build_step, check_config, load_tokenizer
-    from posttrain.parallel.mesh import make_mesh
-    from posttrain.plan.program import program_cost
-    from posttrain.train.loop import compile_step
-
+    """The figures of a request, as plain data. Raises `UserError` for what cannot be compiled."""
     config = parse_config(request["config"], "config")
     if problems := check_config(config):
         raise UserErrors(problems)
     devices = described_devices(request["topology"], request["slices"])
-    mesh: Mesh = make_mesh(config.mesh, devices)
+    mesh = make_mesh(config.mesh, devices)
     tokenizer = load_tokenizer(config) if config.tokenizer.add_special_tokens else None
     setup, _ = build_step(config, tokenizer, mesh)
     started = time.monotonic()
@@ -93,16 +96,11 @@ def compile_plan(request: dict[str, Any]) -> dict[str, Any]:
         "cost": dataclasses.asdict(cost),
         "sharding": _sharding(setup),
         "compile_seconds": seconds,
-        "versions": {"jax": jax.__version__, "libtpu": _libtpu_version()},
+        "versions": {"jax": jax.__version__, "libtpu": version("libtpu")},
     }
 
 
-def _work(setup: Any) -> Work:
-    import jax
-    import numpy as np
-
-    from posttrain.train.flops import attended_pairs, train_flops
-
+def _work(setup: StepSetup) -> Work:
     config, adapter = setup.model.config, setup.adapter_weights
     rows, length = setup.config.train.global_batch_size, setup.config.data.row_length
     attended = attended_pairs(config, np.full(rows, length))
@@ -116,15 +114,11 @@ def _work(setup: Any) -> Work:
 
 def _bytes(tree: Any) -> int:
     """Of one device."""
-    import jax
-
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _sharding(setup: Any) -> list[dict[str, Any]]:
+def _sharding(setup: StepSetup) -> list[dict[str, Any]]:
     """Every parameter: over which axes it is split, and its bytes on a device."""
-    from posttrain.parallel.sharding import flatten
-
     return [
         {
             "name": path,
@@ -138,16 +132,7 @@ def _sharding(setup: Any) -> list[dict[str, Any]]:
     ]
 
 
-def _libtpu_version() -> str:
-    from importlib.metadata import version
-
-    return version("libtpu")
-
-
 def main() -> None:
-    set_environment()
-    from posttrain.errors import UserError, UserErrors
-
     request = json.load(sys.stdin)
     try:
         answer = compile_plan(request)
