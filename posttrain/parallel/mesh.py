@@ -124,6 +124,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     shape = tuple(sizes[name] for name in AXES)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     types = (AxisType.Auto,) * len(AXES)
+    if slices == 1 and devices[0].device_kind == "TPU v4" and any(device.core_on_chip for device in devices):
+        # Described ahead of time a chip is two devices, for which JAX has no layout: in their own order.
+        return Mesh(np.array(devices).reshape(shape), AXES, axis_types=types)
     if slices == 1:
         return jax.make_mesh(shape, AXES, devices=devices, axis_types=types)
     if sizes["replica"] % slices:

@@ -1,6 +1,7 @@
 """`posttrain plan`: what is refused before anything is compiled; and real compilations for v5e."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from posttrain.config import Config, parse_config
 from posttrain.errors import UserErrors
 from posttrain.plan.command import PlanOptions, compile_in_worker, plan
+from posttrain.plan.topology import ENVIRONMENT
 
 TINY = {
     "architectures": ["LlamaForCausalLM"],
@@ -54,6 +56,35 @@ def config(directory: Path, **sections: dict) -> Config:
         "mesh": {"fsdp": -1},
     }
     return parse_config({name: {**raw.get(name, {}), **sections.get(name, {})} for name in {*raw, *sections}}, "test")
+
+
+MESHES = """
+from posttrain.config import MeshConfig
+from posttrain.parallel.mesh import make_mesh
+from posttrain.plan.chips import chip_of
+from posttrain.plan.topology import described_devices
+for wanted in ("v4:2x2x4 1", "v5e:4x4 1", "v5e:4x4 2", "v5p:2x2x2 1", "v6e:4x4 1", "tpu7x:2x2x1 1"):
+    name, slices = wanted.split()[0], int(wanted.split()[1])
+    devices = described_devices(name, slices)
+    mesh = make_mesh(MeshConfig(fsdp=-1, replica=slices), devices)
+    print(name, slices, chip_of(devices[0].device_kind).name, mesh.shape["replica"], mesh.shape["fsdp"])
+"""
+
+
+@pytest.mark.acceptance
+def test_every_chip_has_a_mesh():
+    """v4 and tpu7x are two devices a chip."""
+    pytest.importorskip("libtpu")
+    run = subprocess.run([sys.executable, "-c", MESHES], capture_output=True, text=True, env=os.environ | ENVIRONMENT)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines() == [
+        "v4:2x2x4 1 v4 1 32",
+        "v5e:4x4 1 v5e 1 16",
+        "v5e:4x4 2 v5e 2 16",
+        "v5p:2x2x2 1 v5p 1 8",
+        "v6e:4x4 1 v6e 1 16",
+        "tpu7x:2x2x1 1 tpu7x 1 8",
+    ]
 
 
 @pytest.mark.acceptance
