@@ -1,7 +1,7 @@
 # make demo        set up .venv and fine-tune a real model (about 5 minutes on 2 cores)
 # make test        the test suite, from nothing
 # make acceptance  tests with real models from packages, and with outside data where it is present
-# make lint types  ruff; pyright on posttrain/
+# make lint types  ruff, and shellcheck on launch/; pyright on posttrain/
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -77,6 +77,7 @@ acceptance: $(READY) $(VENV)/.plan $(SMOLLM2)/config.json $(GEMMA3)/config.json 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/shellcheck -x launch/*.sh
 
 types: $(READY)
 	$(BIN)/pyright --pythonpath $(BIN)/python

@@ -36,7 +36,8 @@ USAGE = "\n".join(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs one command. Exit codes: 0 done, 1 wrong input, 2 wrong usage, 130 or 143 stopped by a signal and saved."""
+    """Runs one command. Exit codes, by which launch/supervise.sh decides whether to start it again: 0 done, 1 crashed,
+    2 wrong input or usage, 75 other processes did not come, 130 or 143 stopped by a signal (and saved, in training)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(USAGE)
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = HANDLERS[command](rest)
     except UserError as error:
         print(f"posttrain {command}: {error}", file=sys.stderr)
-        code = 1
+        code = 2
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:  # whoever read the output has closed it, as `head` does

@@ -3,8 +3,7 @@
 Checks of single fields live here, checks that need two sections (or the model, or the machine) in `experiment.py`.
 """
 
-import difflib
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -14,6 +13,7 @@ from etils import epath
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from posttrain.errors import UserError, UserErrors
+from posttrain.validation import describe_errors
 
 Switch = Annotated[bool, tyro.conf.FlagConversionOff]
 """On the command line it takes a value, as every config key does: `--data.packing False`."""
@@ -76,10 +76,12 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype; auto: bfloat16 on accelerators, float32 on CPU."""
     params_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the parameters that the optimizer updates. Under `lora` the others are kept in the compute dtype."""
-    attention: Literal["auto", "reference", "chunked", "splash"] = "auto"
+    """Dtype of the parameters that the optimizer updates; bfloat16 ones are rounded stochastically, without which small
+    updates would be lost. Under `lora` the others are kept in the compute dtype."""
+    attention: Literal["auto", "reference", "chunked", "splash", "triton"] = "auto"
     """reference: quadratic memory; chunked: linear memory, skips blocks of other segments and of the future; splash: a
-    kernel for TPUs. auto: splash on TPU, chunked elsewhere."""
+    kernel for TPUs; triton: one for GPUs, without windows and soft-caps. auto: splash on TPU, triton on GPU where the
+    model allows it, else chunked."""
     moe: Literal["auto", "ragged", "blocks", "megablox"] = "auto"
     """How the experts of a mixture of experts multiply. ragged: XLA's `ragged_dot`, on most platforms as costly as all
     experts for every token; blocks: a loop over blocks of tokens, for CPU; megablox: a kernel for TPUs."""
@@ -90,7 +92,8 @@ class ModelConfig(Section):
     """Of its routers' z loss, which keeps their logits small."""
     remat: Literal["none", "minimal", "dots", "full", "offload"] = "dots"
     """What the backward pass recomputes: none keeps every activation; minimal recomputes elementwise work only; dots
-    keeps the results of matrix products with weights; full keeps the layers' inputs only."""
+    keeps the results of matrix products with weights; full keeps the layers' inputs only; offload keeps these and what
+    attention gives, both in the host's memory."""
     lora: Annotated[LoraConfig, BeforeValidator(_section)] = LoraConfig()
 
 
@@ -243,7 +246,7 @@ class TrainConfig(Section):
     grad_reduce_dtype: Literal["float32", "bfloat16"] | None = None
     """Dtype in which gradients are reduced; default: the compute dtype."""
     xla_options: dict[str, bool | int | float | str] = Field(default_factory=dict)
-    """Compiler options for the train step, for instance
+    """Compiler options for the train step, over those of the chip (`train/chips.py`), for instance
     `{xla_jf_spmd_threshold_for_windowed_einsum_mib: 1000000}`, which turns collective matmul off on TPU."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A step whose loss or gradient is not finite changes nothing; then stop (with its rows saved), or go on."""
@@ -263,6 +266,13 @@ class OptimizerConfig(Section):
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.999, ge=0, lt=1)
     epsilon: float = Field(default=1e-8, gt=0)
+    moments_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype in which both moments are kept; they are updated in float32. In bfloat16 the second one is rounded
+    stochastically: to the nearest it could not shrink, since a step takes less from it than half of what it can tell.
+    """
+    memory: Literal["device", "host"] = "device"
+    """Where the moments are between steps. host: in the host's memory, from which a layer at a time visits the device.
+    """
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled decay, multiplied by the learning rate."""
     no_decay: tuple[str, ...] = (".*norm/scale", ".*/bias")
@@ -277,16 +287,18 @@ class OptimizerConfig(Section):
 
 
 class MeshConfig(Section):
-    """Sizes of the mesh axes; one of them may be -1: whatever devices remain."""
+    """Sizes of the mesh axes; one of them may be -1: whatever devices remain. Without any, replica runs across slices
+    and fsdp within one; where the rows are too few for that, context takes what remains."""
 
     replica: int = 1
-    """Across slices (only 1 is served yet)."""
+    """Across slices: rows are split, parameters are repeated."""
     data: int = 1
     """Rows are split, parameters are repeated."""
     fsdp: int = -1
     """Rows are split, and so are parameters and optimizer state."""
     context: int = 1
-    """Tokens of a row are split (only 1 is served yet)."""
+    """Tokens of a row are split, and so are parameters and optimizer state. row_length must be a multiple of twice it.
+    """
     tensor: int = 1
     """Heads, MLP width and vocabulary are split."""
     expert: int = 1
@@ -372,33 +384,6 @@ def parse_config(raw: dict[str, Any], origin: str) -> Config:
         return Config.model_validate(raw)
     except pydantic.ValidationError as error:
         raise UserErrors([f"{origin}: {problem}" for problem in describe_errors(error, Config)]) from error
-
-
-def describe_errors(error: pydantic.ValidationError, model: type[BaseModel], also: Iterable[str] = ()) -> list[str]:
-    """One line for each problem: key, value, constraint, and the nearest valid name for an unknown key; `also` are
-    names that are valid beside the model's."""
-    lines = []
-    for item in error.errors(include_url=False):
-        key = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            names = [*_field_names(model, item["loc"][:-1]), *also]
-            near = difflib.get_close_matches(str(item["loc"][-1]), names, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(names)}"
-            lines.append(f"{key}: unknown key; {hint}")
-        else:
-            lines.append(f"{key} = {item['input']!r}: {item['msg'][:1].lower()}{item['msg'][1:]}")
-    return lines
-
-
-def _field_names(model: Any, loc: Sequence[int | str]) -> list[str]:
-    """Names that are valid at a place inside nested models (list positions are passed through)."""
-    for part in loc:
-        if isinstance(part, int):
-            continue
-        annotation = model.model_fields[part].annotation
-        args = [a for a in getattr(annotation, "__args__", ()) if isinstance(a, type) and issubclass(a, BaseModel)]
-        model = args[0] if args else annotation
-    return list(model.model_fields)
 
 
 def dump_config(config: Config) -> str:

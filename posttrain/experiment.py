@@ -22,15 +22,16 @@ from posttrain.data.stats import SourceStats
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.errors import UserError, UserErrors
 from posttrain.models import classifier, hf
-from posttrain.models.attention import choose_attention
+from posttrain.models.attention_choice import check_split, choose_attention
 from posttrain.models.decoder import ComputeOptions, Remat, abstract_decoder
 from posttrain.models.directory import resolve_model
 from posttrain.models.embeddings import NewRows, grow_vocabulary
 from posttrain.models.grouped import choose_grouped
 from posttrain.objectives.find import build_objective
 from posttrain.objectives.router import add_router_losses
-from posttrain.parallel.mesh import barrier, check_mesh, gather_texts, make_mesh, row_shards, start_processes
-from posttrain.parallel.sharding import flatten, place
+from posttrain.parallel.mesh import ROW_AXES, axis_sizes, check_mesh, check_row_length, make_mesh, row_shards
+from posttrain.parallel.processes import barrier, gather_texts, start_processes
+from posttrain.parallel.sharding import flatten, idle_axes, place
 from posttrain.records import Head
 from posttrain.train.adapters import lora_problems, setup_lora
 from posttrain.train.metrics import table
@@ -45,10 +46,9 @@ def check_config(config: Config) -> list[str]:
     model, problems = config.model, check_mesh(config.mesh)
     unserved = {"log.wandb": config.log.wandb}
     problems += [f"{key} = {value!r}: not served yet; leave it out" for key, value in unserved.items() if value]
-    if model.remat == "offload":
-        problems.append("model.remat = offload: not served yet; use none, minimal, dots or full")
     if not model.path:
         problems.append("model.path is empty: give a Hugging Face directory or a hub id")
+    problems += check_row_length(axis_sizes(config.mesh), config.data.row_length)
     problems += _token_problems(config)
     problems += lora_problems(config)
     problems += _data_problems(config.data)
@@ -117,8 +117,8 @@ def batch_split(config: Config, sizes: dict[str, int]) -> tuple[int, int]:
     """(accumulation steps, rows of one). Raises `UserErrors` when the mesh cannot split the rows so."""
     shards, rows = row_shards(sizes), config.train.global_batch_size
     micro = shards if config.train.micro_batch_size is None else config.train.micro_batch_size
-    split = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1 and name != "tensor") or "1 device"
-    problems = []
+    split = " x ".join(f"{name} {sizes[name]}" for name in ROW_AXES if sizes[name] > 1) or "1 device"
+    problems = check_row_length(sizes, config.data.row_length)
     if micro % shards:
         problems.append(
             f"train.micro_batch_size = {micro}: the mesh splits rows over {shards} ({split}), which must divide it; "
@@ -134,6 +134,12 @@ def batch_split(config: Config, sizes: dict[str, int]) -> tuple[int, int]:
     return rows // micro, micro
 
 
+def mesh_facts(config: Config) -> dict[str, Any]:
+    """What `make_mesh` decides by where the config gives no sizes."""
+    rows = config.train.micro_batch_size or config.train.global_batch_size
+    return {"rows": rows, "row_length": config.data.row_length}
+
+
 def setup_model(
     config: ModelConfig,
     mesh_config: MeshConfig,
@@ -141,11 +147,13 @@ def setup_model(
     *,
     head: Head = "lm",
     mesh: Mesh | None = None,
+    rows: int | None = None,
+    row_length: int | None = None,
 ) -> ModelSetup:
     """Reads the model's `config.json`, starts the devices and places every parameter; loads nothing yet. With a
     tokenizer the embeddings have a row for each of its tokens. With the head `score` it is a reward model, whose score
     head is new where the directory holds a language model; the other way round is refused. With a `mesh` no device is
-    started and `config.json` is all that the directory must hold."""
+    started and `config.json` is all that the directory must hold. `rows` and `row_length` are for `make_mesh`."""
     directory = resolve_model(config.path, config.revision, weights=mesh is None)
     decoder_config, raw = hf.load_config(directory)
     decoder_config = classifier.with_head(decoder_config, head, raw, str(directory))
@@ -154,12 +162,13 @@ def setup_model(
         decoder_config, new_rows = grow_vocabulary(decoder_config, tokenizer)
     if mesh is None:
         start_processes(mesh_config)
-        mesh = make_mesh(mesh_config)
+        mesh = make_mesh(mesh_config, rows=rows, row_length=row_length)
     platform = mesh.devices.flat[0].platform
     compute = config.dtype
     if compute == "auto":
         compute = "float32" if platform == "cpu" else "bfloat16"
-    attention, grouped = choose_attention(config.attention, platform), choose_grouped(config.moe, platform)
+    attention = choose_attention(config.attention, platform, decoder_config, mesh.shape["context"])
+    grouped = choose_grouped(config.moe, platform)
     options = ComputeOptions(attention, cast(Remat, config.remat), grouped)
     # Nothing updates frozen parameters: they need no wider dtype than what is computed in.
     dtype = jnp.dtype(compute if config.lora.enabled else config.params_dtype)
@@ -171,6 +180,9 @@ def setup_model(
     for described in (decoder, *([quantized.plain] if quantized else [])):
         shapes = flatten(described.shapes)
         placements |= {path: place(axes, shapes[path].shape, mesh) for path, axes in described.axes.items()}
+        dims = [dim for path, axes in described.axes.items() for dim in zip(axes, shapes[path].shape, strict=True)]
+        if problems := idle_axes(dims, mesh):
+            raise UserErrors(problems)
     return ModelSetup(
         directory, decoder_config, raw, decoder, mesh, placements, jnp.dtype(compute), new_rows, lora, quantized
     )
@@ -272,7 +284,7 @@ def build_step(
     With a `mesh` nothing is started and no weights are needed: it may be of devices that are not here.
     """
     plain = build_objective(config.objective)
-    model = setup_model(config.model, config.mesh, tokenizer, head=plain.head, mesh=mesh)
+    model = setup_model(config.model, config.mesh, tokenizer, head=plain.head, mesh=mesh, **mesh_facts(config))
     objective = add_router_losses(plain, config.model, model.config)
     reduced = config.train.grad_reduce_dtype
     if reduced is not None and reduced != model.compute_dtype.name:
@@ -281,6 +293,9 @@ def build_step(
             "leave it null"
         )
     accumulation, micro_rows = batch_split(config, dict(model.mesh.shape))
+    attention, context = model.decoder.options.attention, model.mesh.shape["context"]
+    if problems := check_split(attention, config.data.row_length, context):
+        raise UserErrors(problems)
     if objective.whole_batch and accumulation > 1:
         raise UserError(
             f"objective.name = {config.objective.name}: it looks at all pairs of a batch together, which cannot be "
@@ -309,7 +324,7 @@ def setup_reference(config: Config, model: ModelSetup, tokenizer: Tokenizer) -> 
     if chosen.path is None:
         return model.base
     path = {"path": chosen.path, "revision": chosen.revision, "lora": LoraConfig()}
-    reference = setup_model(config.model.model_copy(update=path), config.mesh, tokenizer)
+    reference = setup_model(config.model.model_copy(update=path), config.mesh, tokenizer, **mesh_facts(config))
     hf.check_weights(reference.directory, reference.config)
     return reference
 

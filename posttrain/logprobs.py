@@ -24,6 +24,7 @@ from posttrain.data.rows import Row
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.errors import UserError, UserErrors
 from posttrain.experiment import setup_model
+from posttrain.models.attention_choice import row_unit
 from posttrain.objectives.logps import batch_stats
 from posttrain.parallel.mesh import row_shards
 from posttrain.parallel.sharding import global_batch, local_rows, replicated
@@ -188,9 +189,11 @@ def run_batches(
     """
     params = setup.load()
     rows = row_shards(setup.mesh.shape)
+    unit = row_unit(setup.decoder.options.attention, setup.mesh.shape["context"])
     numbers = local_rows(setup.mesh, 1, rows)
     compiled = jax.jit(step, out_shardings=replicated(setup.mesh))
     for width, groups in _batches([len(s.tokens) for s in samples], rows, packed, row_length, max_segments):
+        width = -(-width // unit) * unit
         wanted = [groups[number] if number < len(groups) else [] for number in numbers]
         local = assemble([[(samples[i].tokens, samples[i].loss_weights) for i in row] for row in wanted], width)
         with jax.set_mesh(setup.mesh):

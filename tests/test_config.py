@@ -72,7 +72,7 @@ def test_the_resolved_config_reads_back_equal(tmp_path: Path) -> None:
 def test_combinations_and_unserved_keys_are_reported_together() -> None:
     config = parse_config(
         {
-            "model": {"lora": {"alpha": 16}, "remat": "offload"},
+            "model": {"lora": {"alpha": 16}},
             "reference": {"path": "x"},
             "data": {"train": [{"path": "", "weight": 2.0}, {"path": "a"}], "max_length": 100, "row_length": 50},
             "mesh": {"context": 2, "fsdp": -1, "data": -1},
@@ -84,7 +84,6 @@ def test_combinations_and_unserved_keys_are_reported_together() -> None:
     text = "\n".join(check_config(config))
     for said in (
         "model.lora.alpha is set, but there is no adapter",
-        "model.remat",
         "model.path is empty",
         "data.train.0.path is empty",
         "data.train: 1 of the sources 0 to 1 have no weight, the others have one: give every source a weight, or none",

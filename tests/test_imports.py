@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROWS = (
-    ("errors", "records"),
+    ("errors", "records", "validation"),
     ("config",),
     ("data",),
     ("parallel",),

@@ -200,7 +200,7 @@ def test_one_config_line_and_the_commands_on_what_comes_out(
         assert run_cli("generate", str(tmp_path / name), str(tmp_path / "rows.jsonl"), *words) == 0
         answers.append(json.loads(out.read_text())["completion_ids"])
     assert answers[0] == answers[1]
-    assert run_cli("export", str(tmp_path / "adapter"), str(tmp_path / "x")) == 1
+    assert run_cli("export", str(tmp_path / "adapter"), str(tmp_path / "x")) == 2
     assert "--merge adds it to its model" in capsys.readouterr().err
 
 

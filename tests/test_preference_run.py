@@ -134,7 +134,7 @@ def test_a_loss_in_a_file_of_ones_own(root: Path, tmp_path: Path, capsys: pytest
     arguments = ["train", str(tmp_path / "config.yaml"), "--objective.target", "30", "--train.max_steps", "1"]
     with pytest.raises(SystemExit) as ended:
         cli.main([*arguments, "--objective.target", "-1"])
-    assert ended.value.code == 1 and "objective.target = -1" in capsys.readouterr().err
+    assert ended.value.code == 2 and "objective.target = -1" in capsys.readouterr().err
     with pytest.raises(SystemExit) as ended:
         cli.main(arguments)
     assert ended.value.code == 0

@@ -203,7 +203,7 @@ def test_a_reward_loss_in_a_file_of_ones_own(root: Path, tmp_path: Path, capsys:
     objective = {"name": "squared_hinge", "file": str(tmp_path / "own.py")}
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(raw_config(root, tmp_path / "run", objective=objective)))
-    assert command("train", path, "--objective.gap", "-1") == 1
+    assert command("train", path, "--objective.gap", "-1") == 2
     assert "objective.gap = -1" in capsys.readouterr().err
     assert command("train", path, "--objective.gap", "3", "--train.max_steps", "2") == 0
     values = logged(tmp_path / "run")
@@ -245,12 +245,12 @@ def test_a_causal_objective_does_not_start_from_a_reward_model(
 def test_what_needs_token_probabilities_refuses_a_reward_model(
     root: Path, finished: Path, capsys: Any, words: list[str]
 ) -> None:
-    assert command(*words, finished / "export", root / "pairs.jsonl") == 1
+    assert command(*words, finished / "export", root / "pairs.jsonl") == 2
     assert "a reward model (LlamaForSequenceClassification)" in capsys.readouterr().err
 
 
 def test_a_language_model_has_no_scores(root: Path, capsys: Any) -> None:
-    assert command("score", root / "model", root / "pairs.jsonl") == 1
+    assert command("score", root / "model", root / "pairs.jsonl") == 2
     error = capsys.readouterr().err
     assert "a language model, without a score" in error and "objective.name reward" in error
 

@@ -70,7 +70,7 @@ def start(
     return [
         subprocess.Popen(
             words,
-            env=environment | {"JAX_PROCESS_ID": str(i)},
+            env=environment | ({"JAX_PROCESS_ID": str(i)} if processes > 1 else {}),
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -218,19 +218,19 @@ def test_two_processes_are_the_same_run_and_stop_at_the_same_step(
 
 
 def test_another_config_in_the_same_directory_is_refused_with_the_difference(files: Path, uninterrupted: Path) -> None:
-    said = finish(start(files, uninterrupted, "--optimizer.learning_rate", "1e-3", "--run.seed", "7"), 1)
+    said = finish(start(files, uninterrupted, "--optimizer.learning_rate", "1e-3", "--run.seed", "7"), 2)
     assert "optimizer.learning_rate: the run in" in said and "has 0.01, this config has 0.001" in said
     assert "run.seed" in said
 
 
 def test_resume_never_and_must(files: Path, uninterrupted: Path, tmp_path: Path) -> None:
-    assert "has a checkpoint of step 12" in finish(start(files, uninterrupted, "--run.resume", "never"), 1)
-    assert "there is no checkpoint" in finish(start(files, tmp_path / "new", "--run.resume", "must"), 1)
+    assert "has a checkpoint of step 12" in finish(start(files, uninterrupted, "--run.resume", "never"), 2)
+    assert "there is no checkpoint" in finish(start(files, tmp_path / "new", "--run.resume", "must"), 2)
 
 
 def test_an_export_without_checkpoints_is_not_written_over(files: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / "export").mkdir(parents=True)
-    assert "has an export but no checkpoint" in finish(start(files, tmp_path / "run"), 1)
+    assert "has an export but no checkpoint" in finish(start(files, tmp_path / "run"), 2)
 
 
 def test_other_data_under_the_same_name_is_refused(files: Path, tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ def test_other_data_under_the_same_name_is_refused(files: Path, tmp_path: Path) 
     overrides = ("--data.train.0.path", str(tmp_path / "chats.jsonl"), "--train.max_steps", "3")
     finish(start(files, tmp_path / "run", *overrides))
     write_chats(tmp_path / "chats.jsonl", 61)
-    said = finish(start(files, tmp_path / "run", *overrides), 1)
+    said = finish(start(files, tmp_path / "run", *overrides), 2)
     assert "the training data is not what it was" in said
 
 
@@ -257,5 +257,5 @@ def test_evaluate_reads_the_whole_training_set_whatever_max_steps(files: Path, t
 
 
 def test_another_reduction_dtype_is_refused(files: Path, tmp_path: Path) -> None:
-    said = finish(start(files, tmp_path / "run", "--train.grad_reduce_dtype", "bfloat16"), 1)
+    said = finish(start(files, tmp_path / "run", "--train.grad_reduce_dtype", "bfloat16"), 2)
     assert "only the compute dtype (float32) is served yet" in said

@@ -5,19 +5,15 @@ that style, told by their hashes, and load nothing. Tokens are numbers into a li
 are run lengths, so that hundreds of samples take a few megabytes.
 """
 
-import base64
-import hashlib
 import html
 import json
 import re
 from collections import Counter
 from collections.abc import Sequence
-from importlib import resources
 from itertools import groupby
 from typing import Any
 
 import numpy as np
-from etils import epath
 from jaxtyping import Bool, Float32
 
 from posttrain.data.inspect import Inspection, PackedRow
@@ -45,9 +41,9 @@ from posttrain.data.inspect_summary import (
     source_table,
     tokenizer_facts,
 )
+from posttrain.data.page import base_style, policy, resource, write
 from posttrain.data.token_text import Piece, pieces
 from posttrain.data.tokenizer import Tokenizer
-from posttrain.errors import UserError
 
 _SAMPLE_TOKENS = 3000
 """Tokens of one sample on the page; of a longer one its start and its end."""
@@ -66,40 +62,21 @@ _FLAGS = (
 
 def write_page(inspection: Inspection, path: str, *, name: str) -> None:
     """Writes the page to `path` (any path that epath opens); `name` is what the run is called. Raises UserError."""
-    page = page_html(inspection, name=name)
-    target = epath.Path(path)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(page.encode("utf-8", "replace"))
-    except (OSError, ValueError, ImportError, LookupError) as error:
-        raise UserError(f"--html {path}: cannot be written: {error}") from error
+    write(path, page_html(inspection, name=name))
 
 
 def page_html(inspection: Inspection, *, name: str) -> str:
     """The page."""
-    files = {
-        kind: resources.files("posttrain.data").joinpath(f"inspect_page.{kind}").read_text("utf-8") for kind in _KINDS
-    }
-    script, style = files["js"], files["css"]
-    policy = (
-        f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; img-src data:; "
-        "base-uri 'none'; form-action 'none'"
-    )
+    html_file, script, own = (resource("posttrain.data", f"inspect_page.{kind}") for kind in ("html", "js", "css"))
+    style = base_style() + own
     parts = {
-        "CSP": policy,
+        "CSP": policy(style, script),
         "TITLE": html.escape(f"{name}: training data"),
         "STYLE": style,
         "SCRIPT": script,
         "DATA": _embed(_payload(inspection, name)),
     }
-    return re.sub(r"@([A-Z]+)@", lambda match: parts[match[1]], files["html"])
-
-
-_KINDS = ("html", "css", "js")
-
-
-def _hash(text: str) -> str:
-    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+    return re.sub(r"@([A-Z]+)@", lambda match: parts[match[1]], html_file)
 
 
 def _embed(value: Any) -> str:

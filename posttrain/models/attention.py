@@ -8,6 +8,10 @@ Implementations of the former differ in cost only:
   plain JAX, for every backend. Memory grows with T. Blocks of the future, of other segments and beyond the window are
   skipped at run time, so a row of many short segments costs what its segments cost.
 - `splash`: the same as a kernel for TPUs (`splash.py`). Blocks of the future and beyond the window are skipped.
+- `triton`: the same as a kernel for GPUs (`gpu_attention.py`), without windows, soft-caps and split rows. Blocks of the
+  future are skipped.
+
+On a mesh each runs on every device's own rows, heads and queries, with the keys of the whole row (`context.py`).
 
 Within a row a segment is one contiguous run of equal ids. Id 0 is padding: it attends to nothing, nothing attends to
 it, and its output is zero. Scores, softmax and all accumulation are float32, whatever the inputs are.
@@ -35,6 +39,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from posttrain.errors import UserError
+from posttrain.models.context import Share, on_devices
 from posttrain.models.layers import softcapped
 
 # A score that no real one reaches; finite, so that a row in which every score is masked stays free of NaN.
@@ -42,8 +47,8 @@ MASKED = -1e30
 # A window that no row is longer than.
 NO_LIMIT = np.iinfo(np.int32).max
 
-AUTO = {"tpu": "splash"}
-"""What each platform gets unless the config says otherwise; all others get `chunked`."""
+SPLASH_BLOCK = 128
+"""Splash's blocks are multiples of it. Rows are padded to one, but for those that a mesh splits."""
 
 Window = Int32[Array, ""]
 
@@ -88,8 +93,10 @@ def attention(
 ) -> Float[Array, "B T N H"]:
     """softmax(scale * q k^T) v over the keys of the same segment, at or before the query and within its window.
 
-    Query head n reads key/value head n // (N / K). `scale` is H^-0.5 unless given. The result has the dtype of `q`; at
-    padding it is zero and passes zero gradient. Gradients across segments are exactly zero.
+    `q`, `k`, `v` and the result are as `context.balanced` orders tokens, `segment_ids` in the row's own order: the same
+    unless a mesh splits the tokens. Query head n reads key/value head n // (N / K). `scale` is H^-0.5 unless given.
+    The result has the dtype of `q`; at padding it is zero and passes zero gradient. Gradients across segments are
+    exactly zero.
 
     Raises:
         UserError: `implementation` is not a key of `IMPLEMENTATIONS`.
@@ -100,17 +107,11 @@ def attention(
     q, k, v = checkpoint_name(q, "attn_q"), checkpoint_name(k, "attn_k"), checkpoint_name(v, "attn_v")
     score = Score(q.shape[-1] ** -0.5 if scale is None else scale, softcap)
     windows = window if isinstance(window, Windows) else Windows((window,), jnp.int32(0))
-    return IMPLEMENTATIONS[implementation](q, k, v, segment_ids, windows, score)
 
+    def run(q: Array, k: Array, v: Array, segment_ids: Array, which: Array, share: Share) -> Array:
+        return IMPLEMENTATIONS[implementation](q, k, v, segment_ids, share, Windows(windows.distinct, which), score)
 
-def choose_attention(name: str, platform: str) -> str:
-    """The implementation that a name, or `auto`, means on a platform. Raises `UserError` where it cannot run."""
-    chosen = AUTO.get(platform, "chunked") if name == "auto" else name
-    if chosen == "splash" and platform != "tpu":
-        raise UserError(
-            f"model.attention = splash: a kernel for TPUs, this is {platform}; use auto, chunked or reference"
-        )
-    return chosen
+    return on_devices(run, q, k, v, segment_ids, windows.which)
 
 
 def cached_attention(
@@ -135,17 +136,20 @@ def cached_attention(
 
 
 def reference(
-    q: Float[Array, "B T N H"],
+    q: Float[Array, "B U N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     segment_ids: Int[Array, "B T"],
+    share: Share,
     windows: Windows,
     score: Score,
-) -> Float[Array, "B T N H"]:
-    """The formula over the whole [T, T] mask."""
-    index = jnp.arange(q.shape[1])
-    distance = index[:, None] - index[None, :]
-    same = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (segment_ids != 0)[:, :, None]
+) -> Float[Array, "B U N H"]:
+    """The formula over the whole [U, T] mask."""
+    T = k.shape[1]
+    places = share.places(T, 1)
+    distance = places[:, None] - jnp.arange(T, dtype=jnp.int32)[None, :]
+    own_ids = segment_ids[:, places]
+    same = (own_ids[:, :, None] == segment_ids[:, None, :]) & (own_ids != 0)[:, :, None]
     mask = same & ((distance >= 0) & (distance < windows.size()))[None]
     mixed = cached_attention(q, k, v, mask, scale=score.scale, softcap=score.softcap)
     return checkpoint_name(mixed, "attn_out")
@@ -166,7 +170,8 @@ def _unfold(x: Float[Array, "B K M H"], T: int) -> Float[Array, "B T N H"]:
 
 
 # --- chunked ---------------------------------------------------------------------------------------------------------
-# Q blocks of `block` tokens cut a row of T; a block's folded queries have M = N / K * block rows.
+# A row of T tokens is cut into blocks of `block`, of which Q have queries here, U = Q * block in all; a block's folded
+# queries have M = N / K * block rows.
 
 # Tokens a block, and how many key blocks a tile may span. Smaller blocks waste less on the diagonal and at segment
 # boundaries, larger tiles bring the matrix products nearer to peak.
@@ -175,45 +180,53 @@ TILE_WIDTHS = (2, 1)
 
 
 def chunked(
-    q: Float[Array, "B T N H"],
+    q: Float[Array, "B U N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     segment_ids: Int[Array, "B T"],
+    share: Share,
     windows: Windows,
     score: Score,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B U N H"]:
     """Blockwise attention in memory linear in T; see the top of this file."""
-    T = q.shape[1]
-    block = min(BLOCK, T)
-    if padding := -T % block:
+    U, T = q.shape[1], k.shape[1]
+    chunk = share.chunk(T)
+    block = min(BLOCK, chunk)
+    if share.devices > 1:
+        block = next(size for size in range(block, 0, -1) if chunk % size == 0)
+    elif padding := -T % block:
         q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v))
         segment_ids = jnp.pad(segment_ids, ((0, 0), (0, padding)))
-    return _blockwise(q, k, v, segment_ids, windows.size(), score, block)[:, :T]
+    blocks = share.places(k.shape[1], block)
+    return _blockwise(q, k, v, segment_ids, blocks, windows.size(), score, block)[:, :U]
 
 
 class _Plan(NamedTuple):
     """What each query block attends to. The leading dim Q is scanned over."""
 
+    number: Int[Array, " Q"]
+    """Which block of `q` it is."""
     index: Int[Array, " Q"]
+    """Which block of the row."""
     count: Int[Array, " Q"]
-    """Key blocks that some row of the batch needs, the diagonal one last: all devices visit the same blocks."""
+    """Key blocks that some row needs, the diagonal one last."""
     first: Int[Array, "Q B M"]
     """First key that the query sees; T, thus none, at padding."""
     last: Int[Array, "Q M"]
     """Last key that the query sees: itself."""
 
 
-def _plan(segment_ids: Int[Array, "B T"], window: Window, block: int, group: int) -> _Plan:
+def _plan(segment_ids: Int[Array, "B T"], blocks: Int[Array, " Q"], window: Window, block: int, group: int) -> _Plan:
     B, T = segment_ids.shape
-    Q = T // block
     token = jnp.arange(T, dtype=jnp.int32)
     starts = jnp.concatenate([jnp.ones((B, 1), bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
     first = lax.cummax(jnp.where(starts, token[None], 0), axis=1)
     first = jnp.maximum(first, token[None] - window + 1)
-    first = jnp.where(segment_ids == 0, T, first).reshape(B, Q, block).swapaxes(0, 1)
-    index = jnp.arange(Q, dtype=jnp.int32)
-    count = jnp.maximum(index + 1 - first.min((1, 2)) // block, 0)
-    return _Plan(index, count, jnp.tile(first, (1, 1, group)), jnp.tile(token.reshape(Q, block), (1, group)))
+    first = jnp.where(segment_ids == 0, T, first).reshape(B, T // block, block).swapaxes(0, 1)[blocks]
+    count = jnp.maximum(blocks + 1 - first.min((1, 2)) // block, 0)
+    last = token.reshape(T // block, block)[blocks]
+    numbers = jnp.arange(len(blocks), dtype=jnp.int32)
+    return _Plan(numbers, blocks, count, jnp.tile(first, (1, 1, group)), jnp.tile(last, (1, group)))
 
 
 def _over_tiles(plan: _Plan, tiles_in_row: int, body: Callable, carry):
@@ -240,18 +253,18 @@ def _slice(x: Array, start: Int[Array, ""], size: int, axis: int) -> Array:
     return lax.dynamic_slice_in_dim(x, start * size, size, axis)
 
 
-def _blockwise_output(q, k, v, segment_ids, window, score: Score, block: int) -> Array:
-    return _blockwise_forward(q, k, v, segment_ids, window, score, block)[0]
+def _blockwise_output(q, k, v, segment_ids, blocks, window, score: Score, block: int) -> Array:
+    return _blockwise_forward(q, k, v, segment_ids, blocks, window, score, block)[0]
 
 
-def _blockwise_forward(q, k, v, segment_ids, window, score: Score, block: int):
-    B, T, N, H = q.shape
-    K, Q, M = k.shape[2], T // block, N // k.shape[2] * block
+def _blockwise_forward(q, k, v, segment_ids, blocks, window, score: Score, block: int):
+    B, U, N, H = q.shape
+    T, K, M = *k.shape[1:3], N // k.shape[2] * block
     keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
 
     def query_block(carry, plan: _Plan):
         out, lse = carry
-        qi = _fold(_slice(q, plan.index, block, 1), K)
+        qi = _fold(_slice(q, plan.number, block, 1), K)
 
         def tile(start, width: int, carry):
             acc, top, total = carry
@@ -269,18 +282,18 @@ def _blockwise_forward(q, k, v, segment_ids, window, score: Score, block: int):
 
         zero = jnp.zeros((B, K, M), jnp.float32)
         start = (jnp.zeros((B, K, M, H), jnp.float32), zero + MASKED, zero)
-        acc, top, total = _over_tiles(plan, Q, tile, start)
+        acc, top, total = _over_tiles(plan, T // block, tile, start)
         real = (plan.first < T)[:, None]
         total = jnp.where(real, total, 1.0)
         oi = _unfold(jnp.where(real[..., None], acc / total[..., None], 0.0).astype(q.dtype), block)
         li = jnp.where(real, top + jnp.log(total), 0.0).reshape(B, N, block)
         update = lax.dynamic_update_slice_in_dim
-        return (update(out, oi, plan.index * block, 1), update(lse, li, plan.index * block, 2)), None
+        return (update(out, oi, plan.number * block, 1), update(lse, li, plan.number * block, 2)), None
 
-    start = (jnp.zeros_like(q), jnp.zeros((B, N, T), jnp.float32))
-    (out, lse), _ = lax.scan(query_block, start, _plan(segment_ids, window, block, N // K))
+    start = (jnp.zeros_like(q), jnp.zeros((B, N, U), jnp.float32))
+    (out, lse), _ = lax.scan(query_block, start, _plan(segment_ids, blocks, window, block, N // K))
     out, lse = checkpoint_name(out, "attn_out"), checkpoint_name(lse, "attn_lse")
-    return out, (q, k, v, segment_ids, window, out, lse)
+    return out, (q, k, v, segment_ids, blocks, window, out, lse)
 
 
 def _blockwise_backward(score: Score, block: int, residuals, dout):
@@ -289,15 +302,15 @@ def _blockwise_backward(score: Score, block: int, residuals, dout):
     Scores are formed with keys as rows: then the products for dk, dv and (with the keys transposed) dq all read them as
     they lie in memory, without which matrix products on CPU take twice the time.
     """
-    q, k, v, segment_ids, window, out, lse = residuals
-    B, T, N, H = q.shape
-    K, Q, M = k.shape[2], T // block, N // k.shape[2] * block
+    q, k, v, segment_ids, blocks, window, out, lse = residuals
+    B, N, H = q.shape[0], *q.shape[2:]
+    T, K, M = *k.shape[1:3], N // k.shape[2] * block
     keys, values, keys_transposed = k.swapaxes(1, 2), v.swapaxes(1, 2), k.transpose(0, 2, 3, 1)
 
     def query_block(carry, plan: _Plan):
         dq, dk, dv = carry
-        qi, oi, doi = (_fold(_slice(x, plan.index, block, 1), K) for x in (q, out, dout))
-        li = _slice(lse, plan.index, block, 2).reshape(B, K, M)
+        qi, oi, doi = (_fold(_slice(x, plan.number, block, 1), K) for x in (q, out, dout))
+        li = _slice(lse, plan.number, block, 2).reshape(B, K, M)
         delta = _dot("bkmh,bkmh->bkm", doi, oi)
 
         def tile(start, width: int, carry):
@@ -316,14 +329,14 @@ def _blockwise_backward(score: Score, block: int, residuals, dout):
             dqi = dqi + _dot("bkhn,bknm->bkhm", kj_transposed, ds)
             return dqi, _add_slice(dk, dkj, at), _add_slice(dv, dvj, at)
 
-        dqi, dk, dv = _over_tiles(plan, Q, tile, (jnp.zeros((B, K, H, M), jnp.float32), dk, dv))
+        dqi, dk, dv = _over_tiles(plan, T // block, tile, (jnp.zeros((B, K, H, M), jnp.float32), dk, dv))
         dqi = _unfold(dqi.swapaxes(2, 3) * score.scale, block).astype(q.dtype)
-        return (lax.dynamic_update_slice_in_dim(dq, dqi, plan.index * block, 1), dk, dv), None
+        return (lax.dynamic_update_slice_in_dim(dq, dqi, plan.number * block, 1), dk, dv), None
 
     zero = jnp.zeros((B, K, T, H), jnp.float32)
-    plan = _plan(segment_ids, window, block, N // K)
+    plan = _plan(segment_ids, blocks, window, block, N // K)
     (dq, dk, dv), _ = lax.scan(query_block, (jnp.zeros_like(q), zero, zero), plan)
-    return dq, (dk * score.scale).swapaxes(1, 2).astype(k.dtype), dv.swapaxes(1, 2).astype(v.dtype), None, None
+    return dq, (dk * score.scale).swapaxes(1, 2).astype(k.dtype), dv.swapaxes(1, 2).astype(v.dtype), None, None, None
 
 
 def _add_slice(x: Float32[Array, "B K T H"], part: Float32[Array, "B K n H"], at) -> Float32[Array, "B K T H"]:
@@ -331,27 +344,45 @@ def _add_slice(x: Float32[Array, "B K T H"], part: Float32[Array, "B K n H"], at
     return lax.dynamic_update_slice_in_dim(x, old + part, at, 2)
 
 
-_blockwise = jax.custom_vjp(_blockwise_output, nondiff_argnums=(5, 6))
+_blockwise = jax.custom_vjp(_blockwise_output, nondiff_argnums=(6, 7))
 _blockwise.defvjp(_blockwise_forward, _blockwise_backward)
 
 
 def splash(
-    q: Float[Array, "B T N H"],
+    q: Float[Array, "B U N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     segment_ids: Int[Array, "B T"],
+    share: Share,
     windows: Windows,
     score: Score,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B U N H"]:
     """JAX's kernel for TPUs."""
     from posttrain.models.splash import splash_attention  # Pallas is slow to import
 
     scoring = {"scale": score.scale, "softcap": score.softcap}
-    return splash_attention(q, k, v, segment_ids, windows.distinct, windows.which, **scoring)
+    return splash_attention(q, k, v, segment_ids, share, windows.distinct, windows.which, **scoring)
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., Float[Array, "B T N H"]]] = {
+def triton(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    segment_ids: Int[Array, "B T"],
+    share: Share,
+    windows: Windows,
+    score: Score,
+) -> Float[Array, "B T N H"]:
+    """JAX's kernel for GPUs."""
+    from posttrain.models.gpu_attention import triton_attention  # Pallas is slow to import
+
+    assert share.devices == 1 and windows.distinct == (None,) and score.softcap is None, "see attention_choice.py"
+    return triton_attention(q, k, v, segment_ids, scale=score.scale)
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., Float[Array, "B U N H"]]] = {
     "reference": reference,
     "chunked": chunked,
     "splash": splash,
+    "triton": triton,
 }

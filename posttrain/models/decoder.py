@@ -16,12 +16,13 @@ from jaxtyping import Array, Float, Int, Int32
 from posttrain.models.architecture import DecoderConfig, LayerKind
 from posttrain.models.attention import Windows, attention, cached_attention
 from posttrain.models.block import Block, width_norm
+from posttrain.models.context import balanced, natural
 from posttrain.models.layers import Embedding, Head, ScoreHead
 from posttrain.models.rope import rope_angles
 from posttrain.parallel.sharding import constrain, flatten, unflatten
 from posttrain.records import Batch, Leaf, Params, RouterStats
 
-Remat = Literal["none", "minimal", "dots", "full"]
+Remat = Literal["none", "minimal", "dots", "full", "offload"]
 
 
 @dataclass(frozen=True)
@@ -127,13 +128,16 @@ class Decoder(nnx.Module):
         """The same, and what the routers did, if there are any."""
         c, segment_ids, positions = self.config, jnp.asarray(batch.segment_ids), jnp.asarray(batch.positions)
         by_length = any(rope.by_length for rope in c.ropes)
-        kinds = self._kinds(positions, _segment_lengths(segment_ids, positions) if by_length else positions)
-        x = constrain(self._embed(jnp.asarray(batch.tokens)), "rows", "tokens", "width")
+        lengths = _segment_lengths(segment_ids, positions) if by_length else positions
+        kinds = self._kinds(balanced(positions), balanced(lengths))
+        x = constrain(self._embed(balanced(jnp.asarray(batch.tokens))), "rows", "tokens", "width")
+        real = balanced(segment_ids) > 0
         graph, state = nnx.split(self.layers)
 
         def layer(x: Array, inputs: tuple[Any, Array]) -> tuple[Array, RouterStats | None]:
             state, index = inputs
             block = nnx.merge(graph, state)
+            x = checkpoint_name(x, "layer_in")
             q, k, v = block.project(x, *kinds.angles(index))
             q, k, v = (checkpoint_name(a, "qkv") for a in (q, k, v))
             mixed = attention(
@@ -146,10 +150,10 @@ class Decoder(nnx.Module):
                 softcap=c.attn_softcap,
                 window=kinds.windows(index),
             )
-            return block.finish(x, mixed, segment_ids > 0, grouped=self.options.grouped)
+            return block.finish(x, mixed, real, grouped=self.options.grouped)
 
         x, stats = jax.lax.scan(_remat(layer, self.options.remat), x, (state, kinds.of_layer))
-        return self.final_norm(x), jax.tree.map(lambda s: s.sum(0), stats)
+        return natural(self.final_norm(x)), jax.tree.map(lambda s: s.sum(0), stats)
 
     def extend(
         self,
@@ -254,13 +258,20 @@ def _remat(layer: Any, remat: Remat) -> Any:
         # By name: an adapter's product is as large as its layer's, and only their sum is needed.
         "dots": policies.save_only_these_names("linear", "lora", "experts", "attn_out", "attn_lse"),
         "full": policies.nothing_saveable,
+        "offload": policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=["attn_lse"],
+            names_which_can_be_offloaded=["layer_in", "attn_out"],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
     }[remat]
     return jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
 
 def _but_gathered(primitive: Any, *_: Any, **parameters: Any) -> bool:
-    """Saves all but what experts gather from other devices: for every layer, that would be all experts' weights."""
-    return primitive.name != "all_gather" and parameters.get("name") != "gathered"
+    """Saves all but weights gathered from other devices: with every layer's the whole model would be on each."""
+    gathers = primitive.name in ("all_gather", "sharding_constraint")
+    return not gathers and parameters.get("name") != "gathered"
 
 
 @dataclass(frozen=True)

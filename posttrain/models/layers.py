@@ -13,6 +13,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int
 
+from posttrain.models.context import balanced
+from posttrain.models.contract import contract
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -39,33 +42,6 @@ def parameter(rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str], init: s
     return nnx.Param(makers[init](), axes=tuple(axes))
 
 
-def _contract(x: Float[Array, "..."], weight: Float[Array, "..."], count: int) -> Float[Array, "..."]:
-    """`[..., *inputs] [*inputs, *outputs] -> [..., *outputs]` over `count` input dims.
-
-    XLA:CPU writes the first factor of a weight's gradient out transposed, element by element, which can take longer
-    than the product itself. So the smaller of the two comes first here, where JAX's own rule always takes `dy`.
-    """
-    return jnp.tensordot(x, weight, axes=count)
-
-
-def _contract_forward(x: Array, weight: Array, count: int) -> tuple[Array, tuple[Array, Array]]:
-    return _contract(x, weight, count), (x, weight)
-
-
-def _contract_backward(count: int, residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-    x, weight = residuals
-    batch, outputs = tuple(range(x.ndim - count)), weight.ndim - count
-    dx = jnp.tensordot(dy, weight, axes=(tuple(range(-outputs, 0)),) * 2)
-    if x.size <= dy.size:
-        return dx, jnp.tensordot(x, dy, axes=(batch, batch))
-    dweight = jnp.tensordot(dy, x, axes=(batch, batch))
-    return dx, dweight.transpose(*range(outputs, weight.ndim), *range(outputs))
-
-
-contract = jax.custom_vjp(_contract, nondiff_argnums=(2,))
-contract.defvjp(_contract_forward, _contract_backward)
-
-
 class Linear(nnx.Module):
     """`y = x W + b` over one or several input and output dims.
 
@@ -84,7 +60,8 @@ class Linear(nnx.Module):
     ):
         dims = (*inputs.items(), *outputs.items())
         self.input_count = len(inputs)
-        self.kernel = parameter(rngs, [size for _, size in dims], [name for name, _ in dims], "normal", dtype)
+        self.names = tuple(name for name, _ in dims)
+        self.kernel = parameter(rngs, [size for _, size in dims], self.names, "normal", dtype)
         self.bias = parameter(rngs, list(outputs.values()), list(outputs), "zeros", dtype) if bias else None
         self.quantized: Callable[[Array, Array], Array] | None = None
         """With it, `kernel` is made of `kernel_q` and `kernel_scale`."""
@@ -98,11 +75,12 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """`[..., *inputs]` -> `[..., *outputs]`."""
-        y = contract(x, self.weight(), self.input_count)
+        y = contract(x, self.weight(), self.names, self.input_count)
         if self.lora_a is not None and self.lora_b is not None:
-            low = contract(self._dropped(x), self.lora_a[...], self.input_count)
+            inputs, outputs = self.names[: self.input_count], self.names[self.input_count :]
+            low = contract(self._dropped(x), self.lora_a[...], (*inputs, "lora_rank"), self.input_count)
             low = checkpoint_name(low * jnp.asarray(self.lora_scale, low.dtype), "lora")
-            y = y + contract(low, self.lora_b[...], 1)
+            y = y + contract(low, self.lora_b[...], ("lora_rank", *outputs), 1)
         if self.bias is not None:
             bias = self.bias[...]
             y = y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
@@ -115,7 +93,7 @@ class Linear(nnx.Module):
         return self.quantized(self.kernel_q[...], self.kernel_scale[...])
 
     def _dropped(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """Each row `x[b]` by a key of its own, so that no split of the batch changes what is dropped."""
+        """Each row `x[b]` by a key of its own, in its own order: no split of the batch changes what is dropped."""
         if self.dropout_keys is None:
             return x
         keep = 1.0 - self.dropout
@@ -123,7 +101,8 @@ class Linear(nnx.Module):
         def mask(key: Array) -> Array:
             return jax.random.bernoulli(jax.random.wrap_key_data(key, impl="threefry2x32"), keep, x.shape[1:])
 
-        return jnp.where(jax.vmap(mask)(self.dropout_keys[...]), x / jnp.asarray(keep, x.dtype), jnp.zeros((), x.dtype))
+        kept = balanced(jax.vmap(mask)(self.dropout_keys[...]))
+        return jnp.where(kept, x / jnp.asarray(keep, x.dtype), jnp.zeros((), x.dtype))
 
 
 @jax.custom_vjp

@@ -28,6 +28,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from posttrain.models.architecture import DecoderConfig, MoEConfig
+from posttrain.models.contract import gather_shards
 from posttrain.models.grouped import grouped_matmul
 from posttrain.models.layers import ACTIVATIONS, Linear, parameter
 from posttrain.parallel.sharding import split_axes
@@ -188,7 +189,7 @@ def _gather_embed(parts: Parts, dims: dict[str, int], axes: Axes) -> Parts:
     """The parts with the whole model width; their gradient is summed over the axes and split again."""
     if not axes:
         return parts
-    whole = {name: lax.all_gather(parts[name], axes, axis=d, tiled=True) for name, d in dims.items() if name in parts}
+    whole = {name: gather_shards(parts[name], axes, dim) for name, dim in dims.items() if name in parts}
     return parts | {name: checkpoint_name(part, "gathered") for name, part in whole.items()}
 
 

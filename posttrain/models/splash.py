@@ -1,128 +1,143 @@
 """Splash attention, JAX's block-sparse attention kernel for TPUs, on packed rows: the choice of `attention.py` on TPU.
 
-The kernel visits blocks that the causal mask and the window leave; segments are masked within them. It knows nothing of
-meshes, so it runs inside `shard_map`: rows and heads are split as the activations are. Where a mesh splits query heads
-more finely than key/value heads, every device takes the key/value heads that its query heads read.
+The kernel visits the blocks that the causal mask and the window leave; segments are masked within them. Which blocks
+these are it reads from tables, made here: where tokens are split over devices (`context.py`) each device has its own.
+The kernel's own tables are made by evaluating the mask everywhere, which takes minutes for a row of 128k tokens.
 """
 
-import functools
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info
+from jaxtyping import Array, Bool, Float, Int
 
-from posttrain.parallel.sharding import split_axes
+from posttrain.models.attention import SPLASH_BLOCK
+from posttrain.models.context import Share
 
-BLOCK = 128
-"""The kernel's blocks are multiples of it; rows are padded to one."""
 BLOCK_Q, BLOCK_KV = 1024, 1024
 """The blocks that rows are cut into, or the largest that divide them."""
 
 
 def splash_attention(
-    q: Float[Array, "B T N H"],
+    q: Float[Array, "B U N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     segment_ids: Int[Array, "B T"],
+    share: Share,
     windows: tuple[int | None, ...],
     which: Int[Array, ""],
     *,
     scale: float,
     softcap: float | None,
     interpret: bool = False,
-) -> Float[Array, "B T N H"]:
-    """What `attention.attention` says, of the window `windows[which]`. `interpret` runs the kernel's program on CPU."""
-    T = q.shape[1]
-    if padding := -T % BLOCK:
+) -> Float[Array, "B U N H"]:
+    """What `attention.attention` says, of the window `windows[which]`, on one device. `interpret` runs the kernel's
+    program on CPU. The chunks of a row that is split must be multiples of `SPLASH_BLOCK`."""
+    U = q.shape[1]
+    if share.devices == 1 and (padding := -U % SPLASH_BLOCK):
         q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v))
         segment_ids = jnp.pad(segment_ids, ((0, 0), (0, padding)))
-    run = functools.partial(_attend, windows, scale, softcap, interpret)
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and mesh.size > 1:
-        rows = split_axes("rows", q.shape[0], mesh)
-        heads, kv_heads = split_axes("heads", q.shape[2], mesh), split_axes("kv_heads", k.shape[2], mesh)
-        queries, keys = PartitionSpec(rows, None, heads), PartitionSpec(rows, None, kv_heads)
-        group = q.shape[2] // k.shape[2]
-        run = functools.partial(_on_device, run, heads if heads != kv_heads else (), group)
-        # Not checked for replication: kernels do not say over which axes their results vary.
-        run = jax.shard_map(
-            run,
-            in_specs=(queries, keys, keys, PartitionSpec(rows), PartitionSpec()),
-            out_specs=queries,
-            check_vma=False,
-        )
-    return run(q, k, v, segment_ids, which)[:, :T]
-
-
-def _on_device(run, heads: tuple[str, ...], group: int, q: Array, k: Array, v: Array, segment_ids: Array, which: Array):
-    """`run` on a device's query heads; `heads` are mesh axes that split these and not the keys, of which `group` query
-    heads read one."""
-    if heads:
-        own = q.shape[2]
-        if own % group and group % own:
-            # Its heads begin in the middle of one group and end in another: each head gets a key of its own.
-            k, v = (jnp.repeat(x, group, axis=2) for x in (k, v))
-            group = 1
-        first = lax.axis_index(heads) * own // group
-        k, v = (lax.dynamic_slice_in_dim(x, first, max(1, own // group), 2) for x in (k, v))
-    return run(q, k, v, segment_ids, which)
-
-
-def _attend(
-    windows: tuple[int | None, ...],
-    scale: float,
-    softcap: float | None,
-    interpret: bool,
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    segment_ids: Int[Array, "B T"],
-    which: Int[Array, ""],
-) -> Float[Array, "B T N H"]:
-    real = (segment_ids != 0)[..., None, None]
+    T = k.shape[1]
+    own_ids = segment_ids[:, share.places(T, 1)] if share.devices > 1 else segment_ids
     q = (q.astype(jnp.float32) * scale).astype(q.dtype)
 
     def with_window(window: int | None):
-        attend = _kernel(q.shape[1], q.shape[2], window, softcap, interpret)
+        attend = _kernel(share, T, window, softcap, interpret)
 
-        def run(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
+        def run(q: Array, k: Array, v: Array, own_ids: Array, segment_ids: Array) -> Array:
             heads_first = (x.swapaxes(1, 2) for x in (q, k, v))
-            out: Any = jax.vmap(attend)(*heads_first, kernel.SegmentIds(segment_ids, segment_ids))
+            out: Any = jax.vmap(attend)(*heads_first, kernel.SegmentIds(own_ids, segment_ids))
             return out.swapaxes(1, 2)
 
         return run
 
-    out = lax.switch(which, [with_window(window) for window in windows], q, k, v, segment_ids)
-    return jnp.where(real, out, 0)
+    out = lax.switch(which, [with_window(window) for window in windows], q, k, v, own_ids, segment_ids)
+    return jnp.where((own_ids != 0)[..., None, None], out, 0)[:, :U]
 
 
-def _kernel(T: int, heads: int, window: int | None, softcap: float | None, interpret: bool):
-    """The kernel of one row, `[N T H] [K T H] [K T H] -> [N T H]`."""
-    shape = (T, T)
-    mask = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), 0)
-    block_q, block_kv = math.gcd(T, BLOCK_Q), math.gcd(T, BLOCK_KV)
-    blocks = kernel.BlockSizes(
-        block_q=block_q,
-        block_kv=block_kv,
-        block_kv_compute=math.gcd(block_kv, 512),
-        block_q_dkv=block_q,
-        block_kv_dkv=block_kv,
-        block_kv_dkv_compute=math.gcd(block_kv, 512),
-        block_q_dq=block_q,
-        block_kv_dq=block_kv,
-    )
-    return kernel.make_splash_mha(
-        masks.MultiHeadMask([mask] * heads),
-        block_sizes=blocks,
-        head_shards=1,
-        q_seq_shards=1,
+@dataclass(frozen=True)
+class _Seen:
+    """Whether a query sees a key of its segment, by their places in the row."""
+
+    window: int | None
+
+    def __call__(self, queries: Any, keys: Any) -> Any:
+        seen = queries >= keys
+        return seen if self.window is None else seen & (keys > queries - self.window)
+
+
+def _kernel(share: Share, T: int, window: int | None, softcap: float | None, interpret: bool):
+    """The kernel of one row and device, `[N U H] [K T H] [K T H] -> [N U H]`."""
+    block_q, block_kv = math.gcd(share.chunk(T), BLOCK_Q), math.gcd(T, BLOCK_KV)
+    compute = math.gcd(block_kv, 512)
+    forward, backward = (t[share.index] for t in _tables(share.devices, T, window, block_q, block_kv))
+    places: Any = share.places(T, 1)
+    of_queries = mask_info.MaskInfo(forward[0], None, forward[1], None, places)
+    of_keys = mask_info.MaskInfo(backward[0], None, backward[1], None, places)
+    return kernel.SplashAttentionKernel(
+        of_queries,
+        of_queries,
+        of_keys,
+        block_sizes=kernel.BlockSizes(
+            block_q=block_q,
+            block_kv=block_kv,
+            block_kv_compute=compute,
+            block_q_dkv=block_q,
+            block_kv_dkv=block_kv,
+            block_kv_dkv_compute=compute,
+            block_q_dq=block_q,
+            block_kv_dq=block_kv,
+        ),
+        is_mqa=False,
+        save_residuals=False,
+        mask_value=kernel.DEFAULT_MASK_VALUE,
         attn_logits_soft_cap=softcap,
         residual_checkpoint_name="attn_out",
+        mask_function=_Seen(window),
         interpret=interpret,
     )
+
+
+def _tables(devices: int, T: int, window: int | None, block_q: int, block_kv: int) -> tuple[Array, Array]:
+    """For every device, what the kernel visits: of each query block the key blocks, `[devices, 2, 1, Q, steps]`, and of
+    each key block the query blocks, `[devices, 2, 1, steps, KV]`. Of the two the first is a block's number, the second
+    1, or 0 for a step that does nothing."""
+    keys = np.arange(T // block_kv) * block_kv
+    forward, backward = [], []
+    for index in range(devices):
+        queries = _block_starts(devices, index, T, block_q)[:, None]
+        seen = keys <= queries + block_q - 1
+        if window is not None:
+            seen &= keys + block_kv - 1 > queries - window
+        forward.append(seen)
+        backward.append(seen.T)
+    rows, columns = _steps(forward), _steps(backward)
+    return jnp.asarray(rows[:, :, None]), jnp.asarray(columns.swapaxes(2, 3)[:, :, None])
+
+
+def _block_starts(devices: int, index: int, T: int, size: int) -> Int[np.ndarray, " Q"]:
+    """Where a device's query blocks begin in the row."""
+    chunk = Share(devices, index).chunk(T)
+    held = (0,) if devices == 1 else (index, 2 * devices - 1 - index)
+    return np.concatenate([np.arange(number * chunk, (number + 1) * chunk, size) for number in held])
+
+
+def _steps(seen: Sequence[Bool[np.ndarray, "n m"]]) -> Int[np.ndarray, "devices 2 n steps"]:
+    """Each row's true places, and a 1 for each; then, up to the most that a row of any device has, the last place again
+    (nothing is fetched for it) and 0. In the smallest integers that hold them: they lie in scalar memory."""
+    most = max(int(table.sum(1).max()) for table in seen)
+    steps = np.zeros((len(seen), 2, len(seen[0]), most), np.int32)
+    for device, table in enumerate(seen):
+        for row, places in enumerate(map(np.flatnonzero, table)):
+            if len(places):
+                steps[device, 0, row] = np.pad(places, (0, most - len(places)), mode="edge")
+                steps[device, 1, row, : len(places)] = 1
+    small = next(dtype for dtype in (np.int8, np.int16, np.int32) if steps.max() <= np.iinfo(dtype).max)
+    return steps.astype(small)

@@ -12,13 +12,14 @@ from typing import Annotated, Any, get_type_hints
 
 import pydantic
 
-from posttrain.config import ObjectiveConfig, describe_errors
+from posttrain.config import ObjectiveConfig
 from posttrain.errors import UserError, UserErrors
 from posttrain.objectives import preference, reward, supervised
 from posttrain.objectives.labelled import LabelledObjective
 from posttrain.objectives.pairs import PreferenceObjective
 from posttrain.objectives.reward import RewardObjective
 from posttrain.records import LabelledLogps, Objective, PairLogps, PairScores, PolicyPairs
+from posttrain.validation import describe_errors
 
 MODULES = (supervised, preference, reward)
 

@@ -3,7 +3,7 @@
 Every objective that needs a token's probability calls `token_stats` on the decoder's final hidden states. Full logits
 never exist: the output embedding is taken in chunks of its rows, all tokens at a time, with an online log-sum-exp; the
 backward pass computes each chunk of logits again from the saved log-sum-exp. Chunks of the vocabulary, rather than of
-tokens, let every row of the head be gathered, and every row of its gradient be summed over devices, once a pass.
+tokens, let every row of the head's gradient be summed over devices once. The head is gathered once, for both passes.
 """
 
 import functools
@@ -16,14 +16,17 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int
 
+from posttrain.models.contract import gather, weight_gradient
 from posttrain.models.layers import softcapped
-from posttrain.parallel.sharding import MESH_AXES
+from posttrain.parallel.sharding import MESH_AXES, constrain
 from posttrain.records import Batch, Model
 
 # Logit of the head's padding rows. Finite, so that 0 * MASKED is 0 in the entropy and its gradient.
 MASKED = -1e30
 # Rows shorter than this are computed whole: the branches of `_over_needed` cost compile time.
 MIN_CUT = 256
+HEAD = ("vocab", "embed")
+"""Names of its dims."""
 
 
 @jax.tree_util.register_dataclass
@@ -57,17 +60,17 @@ class _Chunks:
         return head.reshape(-1, self.count, head.shape[1])
 
     def read(
-        self, table: Float[Array, "C count D"], i: Int[Array, ""], hidden: Float[Array, "M D"]
-    ) -> tuple[Int[Array, "1 C"], Float[Array, "C D"], Float32[Array, "M C"]]:
+        self, table: Float[Array, "C count D"], i: Int[Array, ""], hidden: Float[Array, "B W D"]
+    ) -> tuple[Int[Array, "1 1 C"], Float[Array, "C D"], Float32[Array, "B W C"]]:
         """Token ids, rows and logits of chunk i."""
-        ids = jnp.arange(table.shape[0], dtype=jnp.int32)[None] * self.count + i
+        ids = jnp.arange(table.shape[0], dtype=jnp.int32)[None, None] * self.count + i
         rows = lax.dynamic_index_in_dim(table, i, 1, keepdims=False)
-        logits = softcapped(_dot("md,cd->mc", hidden, rows), self.softcap) * self.inverse_temperature
+        logits = softcapped(_dot("btd,cd->btc", hidden, rows), self.softcap) * self.inverse_temperature
         if table.shape[0] * self.count > self.vocab_size:
             logits = jnp.where(ids < self.vocab_size, logits, MASKED)
         return ids, rows, logits
 
-    def slope(self, logits: Float32[Array, "M C"]) -> Float32[Array, "M C"] | float:
+    def slope(self, logits: Float32[Array, "B W C"]) -> Float32[Array, "B W C"] | float:
         """Derivative of the logits by the products they are made of, where they are not masked."""
         if self.softcap is None:
             return self.inverse_temperature
@@ -149,6 +152,7 @@ def _stats(hidden, head, targets, needed, chunks: _Chunks) -> TokenStats:
 
 
 def _stats_forward(hidden, head, targets, needed, chunks: _Chunks):
+    head = gather(head, HEAD)
     run = functools.partial(_forward, chunks)
     (logps, entropy, correct, mean_logit, lse), _ = _over_needed(run, needed, (hidden, targets), head)
     if chunks.softcap is None:
@@ -170,7 +174,7 @@ _stats.defvjp(_stats_forward, _stats_backward)
 
 
 def _forward(chunks: _Chunks, per_token, head):
-    """Log-probability, entropy, hit, mean logit (0 without a soft-cap) and log-sum-exp of M tokens."""
+    """Log-probability, entropy, hit, mean logit (0 without a soft-cap) and log-sum-exp of tokens `[B, W]`."""
     hidden, targets = per_token
     table = chunks.split(head)
 
@@ -182,15 +186,15 @@ def _forward(chunks: _Chunks, per_token, head):
         tied = jnp.where(chunk_top == top, jnp.minimum(best, chunk_best), best)
         best = jnp.where(chunk_top > top, chunk_best, tied)
         new_top = jnp.maximum(top, chunk_top)
-        p = jnp.exp(logits - new_top[:, None])
+        p = jnp.exp(logits - new_top[..., None])
         keep = jnp.exp(top - new_top)
         total = total * keep + p.sum(-1)
         # As a dot product: a fused multiply-and-sum is seven times slower in XLA:CPU.
-        weighted = weighted * keep + _dot("mc,mc->m", p, logits)
-        here = jnp.take_along_axis(logits, (targets // chunks.count)[:, None], axis=1)[:, 0]
+        weighted = weighted * keep + _dot("btc,btc->bt", p, logits)
+        here = jnp.take_along_axis(logits, (targets // chunks.count)[..., None], axis=-1)[..., 0]
         target_logit = jnp.where(targets % chunks.count == i, here, target_logit)
         if chunks.softcap is not None:
-            summed = summed + _dot("mc,c->m", logits, (ids[0] < chunks.vocab_size).astype(jnp.float32))
+            summed = summed + _dot("btc,c->bt", logits, (ids[0, 0] < chunks.vocab_size).astype(jnp.float32))
         return new_top, total, weighted, best, target_logit, summed
 
     zero = jnp.zeros(targets.shape, jnp.float32)
@@ -204,20 +208,28 @@ def _forward(chunks: _Chunks, per_token, head):
     return (logps, entropy, correct, summed / chunks.vocab_size, lse), None
 
 
-def _highest(logits: Float32[Array, "M C"]) -> tuple[Float32[Array, " M"], Int[Array, " M"]]:
-    """The highest logit and its first place, searched for in the best eighth only: it costs ten times a maximum."""
-    M, C = logits.shape
-    parts = math.gcd(C, 8)
-    grouped = logits.reshape(M, parts, C // parts)
-    tops = grouped.max(-1)
-    top, part = tops.max(-1), jnp.argmax(tops, -1).astype(jnp.int32)
-    members = jnp.take_along_axis(grouped, part[:, None, None], axis=1)[:, 0]
-    index = jnp.arange(C // parts, dtype=jnp.int32)
-    return top, part * (C // parts) + jnp.where(members == top[:, None], index[None], C).min(-1)
+def _highest(logits: Float32[Array, "B W C"]) -> tuple[Float32[Array, "B W"], Int[Array, "B W"]]:
+    """The highest logit and its first place."""
+
+    def at_once(logits: Array) -> tuple[Array, Array]:
+        return logits.max(-1), jnp.argmax(logits, -1).astype(jnp.int32)
+
+    def in_best_eighth(logits: Array) -> tuple[Array, Array]:
+        *tokens, C = logits.shape
+        parts = math.gcd(C, 8)
+        grouped = logits.reshape(*tokens, parts, C // parts)
+        tops = grouped.max(-1)
+        top, part = tops.max(-1), jnp.argmax(tops, -1).astype(jnp.int32)
+        members = jnp.take_along_axis(grouped, part[..., None, None], axis=-2)[..., 0, :]
+        index = jnp.arange(C // parts, dtype=jnp.int32)
+        return top, part * (C // parts) + jnp.where(members == top[..., None], index[None, None], C).min(-1)
+
+    # On CPU the search for the place takes ten times as long as the maximum.
+    return lax.platform_dependent(logits, cpu=in_best_eighth, default=at_once)
 
 
 def _backward(chunks: _Chunks, per_token, head):
-    """Gradients of `hidden` (of M tokens) and `head`.
+    """Gradients of `hidden` (of tokens `[B, W]`) and `head`.
 
     With p the softmax and H the entropy: d logp = onehot - p, d entropy = -p (log p + H), d mean = 1 / vocab_size, all
     by the logits, whose own derivative is `_Chunks.slope`.
@@ -227,44 +239,38 @@ def _backward(chunks: _Chunks, per_token, head):
 
     def chunk(i, carry):
         dhidden, dtable = carry
-        ids, rows, logits = chunks.read(table, i, hidden)
-        logp = logits - lse[:, None]
-        dlogits = -jnp.exp(logp) * (d_logp[:, None] + d_entropy[:, None] * (logp + entropy[:, None]))
-        dlogits += jnp.where(ids == targets[:, None], d_logp[:, None], 0.0)
-        dlogits += jnp.where(ids < chunks.vocab_size, d_mean[:, None] / chunks.vocab_size, 0.0)
+        ids, vectors, logits = chunks.read(table, i, hidden)
+        logp = logits - lse[..., None]
+        dlogits = -jnp.exp(logp) * (d_logp[..., None] + d_entropy[..., None] * (logp + entropy[..., None]))
+        dlogits += jnp.where(ids == targets[..., None], d_logp[..., None], 0.0)
+        dlogits += jnp.where(ids < chunks.vocab_size, d_mean[..., None] / chunks.vocab_size, 0.0)
         dlogits = (dlogits * chunks.slope(logits)).astype(head.dtype)
-        drows = _dot("mc,md->cd", dlogits, hidden).astype(head.dtype)
-        dtable = lax.dynamic_update_index_in_dim(dtable, drows, i, 1)
-        return dhidden + _dot("mc,cd->md", dlogits, rows), dtable
+        dtable = lax.dynamic_update_index_in_dim(dtable, weight_gradient(dlogits, hidden, HEAD), i, 1)
+        return dhidden + _dot("btc,cd->btd", dlogits, vectors), dtable
 
-    start = (jnp.zeros(hidden.shape, jnp.float32), jnp.zeros_like(table))
+    start = (jnp.zeros(hidden.shape, jnp.float32), constrain(jnp.zeros_like(table), "vocab", None, "embed"))
     dhidden, dtable = lax.fori_loop(0, chunks.count, chunk, start)
     return (dhidden.astype(hidden.dtype),), dtable.reshape(head.shape)
 
 
 def _over_needed(run: Callable, needed: Bool[Array, "B T"], per_token: tuple, head: Float[Array, "V D"]) -> tuple:
-    """`run(per_token [M, ...], head) -> (results per token [M, ...], result for the head)`, over the needed tokens.
+    """`run(per_token [B, W, ...], head) -> (results per token [B, W, ...], of the head)`, over the needed tokens.
 
     On CPU each row's needed tokens are moved to its front, and only as many quarters of the rows are computed as the
     fullest row fills. Elsewhere all tokens are: among many rows one is nearly full, and branches hinder the compiler.
     """
-    B, T = needed.shape
+    T = needed.shape[1]
     sizes = [T] if T < MIN_CUT else [-(-T * i // 4) for i in range(1, 5)]
 
-    def flat(per_token, head):
-        width = per_token[0].shape[1]
-        results, of_head = run(jax.tree.map(lambda x: x.reshape(B * width, *x.shape[2:]), per_token), head)
-        return jax.tree.map(lambda x: x.reshape(B, width, *x.shape[1:]), results), of_head
-
     def whole(needed, per_token, head):
-        return flat(per_token, head)
+        return run(per_token, head)
 
     def front(needed, per_token, head):
         order = jnp.argsort(~needed, axis=1, stable=True)
 
         def branch(size: int):
             def cut(order, per_token, head):
-                results, of_head = flat(jax.tree.map(lambda x: _take(x, order[:, :size]), per_token), head)
+                results, of_head = run(jax.tree.map(lambda x: _take(x, order[:, :size]), per_token), head)
                 return jax.tree.map(lambda x: _pad(x, T), results), of_head
 
             return cut

@@ -1,13 +1,13 @@
 """Where arrays live: the logical-to-mesh axis table, and the one matcher that addresses parameters by name.
 
-Parameters name their dims logically (`embed`, `heads`, ...); one table says over which mesh axes each is split. A dim
-that its axes do not divide is repeated instead, and `Placement.repeated` says so.
+Parameters name their dims logically (`embed`, `heads`, ...); one table says over which mesh axes each is split. Over
+axes that do not divide it a dim is repeated instead, and `Placement.repeated` says so.
 """
 
 import difflib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,19 +18,19 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
 
 from posttrain.errors import UserErrors
-from posttrain.parallel.mesh import ROW_AXES
+from posttrain.parallel.mesh import ROW_AXES, nearest_divisor
 from posttrain.records import Batch, Params
 
 MESH_AXES: dict[str | None, tuple[str, ...]] = {
     "rows": ROW_AXES,
     "tokens": ("context",),
-    "embed": ("fsdp", "expert"),
+    "embed": ("fsdp", "expert", "context"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "vocab": ("tensor",),
     "experts": ("expert",),
-    "expert_embed": ("fsdp",),
+    "expert_embed": ("fsdp", "context"),
     "router": (),
     "labels": (),
     "layers": (),
@@ -40,8 +40,13 @@ MESH_AXES: dict[str | None, tuple[str, ...]] = {
     "width": (),
     None: (),
 }
-"""Logical dim name -> mesh axes. `embed` is the model width of parameters, `expert_embed` that of experts, which the
+"""Logical dim name -> mesh axes. `embed` is the model width of parameters: every axis whose devices compute other
+tokens with the same weights splits it, but for `replica` and `data`. `expert_embed` is that of experts, which the
 `expert` axis splits already, `width` that of activations."""
+
+
+PIECES: dict[str | None, int] = {"tokens": 2}
+"""Into how many equal pieces each device's part of a dim must fall; 1 unless named. See `models/context.py`."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class Placement:
 
     sharding: NamedSharding
     repeated: tuple[str, ...]
-    """Dims kept whole because an axis does not divide them, e.g. `heads 9 over tensor 2`."""
+    """Dims that axes do not divide, and the nearest size that would, e.g. `heads 9 over tensor 2 (3 would do)`."""
 
 
 def place(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> Placement:
@@ -59,18 +64,40 @@ def place(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> Place
     repeated = []
     for name, size in zip(axes, shape, strict=True):
         split = split_axes(name, size, mesh)
-        wanted = _used_axes(name, mesh)
-        if wanted and not split:
-            shards = math.prod(mesh.shape[a] for a in wanted)
-            repeated.append(f"{name} {size} over {' x '.join(wanted)} {shards}")
+        left = size // math.prod(mesh.shape[a] for a in split)
+        for axis in _used_axes(name, mesh)[len(split) :]:
+            shards = mesh.shape[axis]
+            repeated.append(f"{name} {size} over {axis} {shards} ({nearest_divisor(left, shards)} would do)")
         entries.append(split or None)
     return Placement(NamedSharding(mesh, PartitionSpec(*entries)), tuple(repeated))
 
 
 def split_axes(name: str | None, size: int, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
-    """The mesh axes over which a dim of this logical name and size is split; none where they do not divide it."""
-    axes = _used_axes(name, mesh)
-    return axes if size % math.prod(mesh.shape[a] for a in axes) == 0 else ()
+    """The mesh axes over which a dim of this logical name and size is split: the first ones, as far as they divide."""
+    split, pieces = [], PIECES.get(name, 1)
+    for axis in _used_axes(name, mesh):
+        pieces *= mesh.shape[axis]
+        if size % pieces:
+            break
+        split.append(axis)
+    return tuple(split)
+
+
+def idle_axes(dims: Iterable[tuple[str | None, int]], mesh: Mesh) -> list[str]:
+    """Problems with axes that exist to split certain dims of parameters and divide none of them: their devices would
+    all do the same."""
+    sizes: dict[str, dict[str, int]] = {}
+    for name, size in dims:
+        if name is not None and (axes := MESH_AXES[name]):
+            sizes.setdefault(axes[0], {}).setdefault(name, size)
+    problems = []
+    for axis in ("tensor", "expert"):
+        count, found = mesh.shape[axis], sizes.get(axis, {})
+        if count > 1 and found and not any(size % count == 0 for size in found.values()):
+            nearest = min((nearest_divisor(size, count) for size in found.values()), key=lambda d: abs(d - count))
+            named = ", ".join(f"{name} {size}" for name, size in found.items())
+            problems.append(f"mesh.{axis} = {count}: divides none of {named}; the nearest that works is {nearest}")
+    return problems
 
 
 def _used_axes(name: str | None, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:

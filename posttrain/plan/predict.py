@@ -15,7 +15,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from posttrain.plan.chips import Chip
+from posttrain.train.chips import Chip
 
 KERNEL_SHARE = 0.4
 """Of the peak that attention kernels reach at the pessimistic end."""
@@ -24,6 +24,16 @@ PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 """Matrix products over all pairs in a call of the splash attention kernels, by what their names contain."""
 
 SLICED = "all-reduce, sliced"
+
+CALIBRATION = {
+    "run": "MaxText's Llama-2-70B on v5p-128",
+    "published_tokens_per_second": 692,
+    "published_mfu": 0.654,
+    "source": "MaxText's table of results, github.com/AI-Hypercomputer/maxtext",
+    "predicted_tokens_per_second": 694,
+    "note": "by the TensorCore time of MaxText's own program; no step of posttrain has been run on a TPU",
+}
+"""The one published figure that this way to read a program was compared with. Tokens/s are of one device."""
 
 NOT_MODELLED = (
     "how full the rows are: tokens are places in rows, real tokens where packing fills them",

@@ -149,8 +149,8 @@ def _fusion(module: Module, computation: Computation, fusion: Instruction) -> li
     found: list[Access] = []
     in_place = set[str]()
     parts = fusion.parts if fusion.opcode == "fusion" else tuple((shape,) for shape in _results(fusion))
-    for part, name in zip(parts, _returned(fused), strict=False):
-        update = _update(fused, name)
+    for part, name in zip(parts, returned(fused), strict=False):
+        update = updated(fused, name)
         if update is not None:
             parameter, change = update
             in_place.add(parameter)
@@ -175,7 +175,7 @@ def _is_mark(instruction: Instruction) -> bool:
     return instruction.opcode == "custom-call" and is_free(instruction)
 
 
-def _returned(fused: Computation) -> tuple[str, ...]:
+def returned(fused: Computation) -> tuple[str, ...]:
     """Names of what a fused computation returns, one by tuple element."""
     return fused.root.operands if fused.root.opcode == "tuple" else (fused.root.name,)
 
@@ -192,7 +192,7 @@ def _read(module: Module, fused: Computation, name: str, shapes: tuple[Shape, ..
     return [(shape.space, elements * shape.bits / 8) for shape in shapes[:1]]
 
 
-def _update(fused: Computation, name: str) -> tuple[str, float] | None:
+def updated(fused: Computation, name: str) -> tuple[str, float] | None:
     """The parameter that a returned value is, with a slice changed, and the bytes read and written for that.
 
     None if the value is anything else, or if the parameter is used in other ways than by this slice and others.

@@ -1,8 +1,9 @@
-"""`python -m posttrain.plan.worker`: compiles a run's train step for a topology and says what it costs.
+"""`python -m posttrain.plan.worker`: compiles a run's train step, for a topology or for the devices that are here.
 
-A process of its own, since libtpu is loaded once and configured by the environment (`topology.ENVIRONMENT`). Reads
-`{"config", "topology", "slices"}` as JSON from standard input and writes what `compile_plan` says as JSON to standard
-output; problems go out as `{"problems": [...]}`.
+A process of its own, since libtpu is loaded once and configured by the environment (`topology.ENVIRONMENT`), and since
+devices that are here are taken by one process. Reads `{"config", "topology", "slices"}` as JSON from standard input,
+where no topology means the local mesh, and writes what `compile_plan` says as JSON to standard output; problems go out
+as `{"problems": [...]}`.
 """
 
 import dataclasses
@@ -19,12 +20,14 @@ import numpy as np
 
 from posttrain.config import parse_config
 from posttrain.errors import UserError, UserErrors
-from posttrain.experiment import build_step, check_config, load_tokenizer
+from posttrain.experiment import build_step, check_config, load_tokenizer, mesh_facts
 from posttrain.parallel.mesh import make_mesh
+from posttrain.parallel.processes import start_processes
 from posttrain.parallel.sharding import flatten
+from posttrain.plan.memory import temporaries
 from posttrain.plan.program import program_cost
 from posttrain.plan.topology import described_devices
-from posttrain.train.flops import attended_pairs, train_flops
+from posttrain.train.flops import attended_pairs, peak_flops, train_flops
 from posttrain.train.loop import compile_step
 from posttrain.train.setup import StepSetup
 
@@ -37,7 +40,15 @@ class Memory:
     optimizer: int
     batch: int
     temporaries: int
-    """Activations kept for the backward pass, gradients, gathered weights: all that lives within the step."""
+    """All that lives within the step alone, the sum of the next three."""
+    activations: int | None
+    """Kept by the forward pass for the backward pass. None, as the next two, where the program's text tells of more
+    than XLA's total."""
+    gradients: int | None
+    other: int | None
+    """Weights cast or gathered, what lives within a layer, logits, and gaps (`memory.py`)."""
+    results: int
+    """Outputs that take the place of no argument."""
     peak: int
     """What lives at once: XLA's own figure, or the sum of arguments, results and temporaries where that is more."""
     host: int
@@ -58,31 +69,37 @@ class Work:
     trained: int
 
 
+@dataclass(frozen=True)
+class Local:
+    """The devices that are here."""
+
+    devices: int
+    """Of all processes."""
+    here: int
+    """Of this process."""
+    platform: str
+    peak_flops: float | None
+    """What all of them could do together, FLOP/s; None where nothing is published."""
+    peak_source: str
+
+
 def compile_plan(request: dict[str, Any]) -> dict[str, Any]:
     """The figures of a request, as plain data. Raises `UserError` for what cannot be compiled."""
     config = parse_config(request["config"], "config")
     if problems := check_config(config):
         raise UserErrors(problems)
-    devices = described_devices(request["topology"], request["slices"])
-    mesh = make_mesh(config.mesh, devices)
+    local = not request["topology"]
+    if local:
+        start_processes(config.mesh)
+    devices = jax.devices() if local else described_devices(request["topology"], request["slices"])
+    mesh = make_mesh(config.mesh, devices, **mesh_facts(config))
     tokenizer = load_tokenizer(config) if config.tokenizer.add_special_tokens else None
     setup, _ = build_step(config, tokenizer, mesh)
     started = time.monotonic()
     compiled = compile_step(setup).compiled
     seconds = time.monotonic() - started
-    state = setup.abstract_state()
-    found, text = compiled.memory_analysis(), compiled.as_text()
-    assert found is not None and text is not None
-    results = found.output_size_in_bytes - found.alias_size_in_bytes
-    together = found.argument_size_in_bytes + results + found.temp_size_in_bytes
-    memory = Memory(
-        params=_bytes(state.params),
-        optimizer=_bytes(state.opt_state),
-        batch=_bytes(setup.abstract_batch()),
-        temporaries=found.temp_size_in_bytes,
-        peak=max(found.peak_memory_in_bytes, together),
-        host=found.host_argument_size_in_bytes + found.host_temp_size_in_bytes,
-    )
+    text = compiled.as_text()
+    assert text is not None
     cost = program_cost(text, dict(mesh.shape))
     return {
         "device_kind": devices[0].device_kind,
@@ -91,13 +108,43 @@ def compile_plan(request: dict[str, Any]) -> dict[str, Any]:
         "attention": setup.model.decoder.options.attention,
         "compute_dtype": setup.model.compute_dtype.name,
         "accumulation": setup.accumulation,
-        "memory": dataclasses.asdict(memory),
+        "memory": dataclasses.asdict(_memory(setup, compiled, text)),
         "work": dataclasses.asdict(_work(setup)),
         "cost": dataclasses.asdict(cost),
         "sharding": _sharding(setup),
         "compile_seconds": seconds,
-        "versions": {"jax": jax.__version__, "libtpu": version("libtpu")},
+        "versions": {name: version(name) for name in (("jax", "jaxlib") if local else ("jax", "libtpu"))},
+        "local": dataclasses.asdict(_local_devices()) if local else None,
     }
+
+
+def _memory(setup: StepSetup, compiled: Any, text: str) -> Memory:
+    """What XLA says of the program, its temporaries split by what they are for."""
+    state, found = setup.abstract_state(), compiled.memory_analysis()
+    host = found.host_argument_size_in_bytes + found.host_temp_size_in_bytes
+    results = found.output_size_in_bytes - found.alias_size_in_bytes
+    together = found.argument_size_in_bytes + results + found.temp_size_in_bytes
+    trained, _ = setup.optimizer.split(state.params)
+    parts = temporaries(text, {math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(trained)})
+    rest = found.temp_size_in_bytes - parts.activations - parts.gradients
+    told = rest >= 0
+    return Memory(
+        params=_bytes(state.params),
+        optimizer=_bytes(state.opt_state),
+        batch=_bytes(setup.abstract_batch()),
+        temporaries=found.temp_size_in_bytes,
+        activations=parts.activations if told else None,
+        gradients=parts.gradients if told else None,
+        other=rest if told else None,
+        results=results,
+        peak=max(found.peak_memory_in_bytes - host, together),  # XLA's figure counts the host's memory too
+        host=host,
+    )
+
+
+def _local_devices() -> Local:
+    peak, source = peak_flops(jax.devices())
+    return Local(jax.device_count(), jax.local_device_count(), jax.default_backend(), peak, source)
 
 
 def _work(setup: StepSetup) -> Work:
@@ -113,8 +160,9 @@ def _work(setup: StepSetup) -> Work:
 
 
 def _bytes(tree: Any) -> int:
-    """Of one device."""
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    """Of one device's own memory."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.sharding.memory_kind in (None, "device")]
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def _sharding(setup: StepSetup) -> list[dict[str, Any]]:
@@ -140,6 +188,10 @@ def main() -> None:
         answer = {"problems": error.problems}
     except UserError as error:
         answer = {"problems": [str(error)]}
+    except jax.errors.JaxRuntimeError as error:
+        if not str(error).startswith("RESOURCE_EXHAUSTED"):
+            raise
+        answer = {"problems": [f"the compiled step does not fit: {str(error).splitlines()[0]}"]}
     json.dump(answer, sys.stdout)
 
 

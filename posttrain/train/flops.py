@@ -31,6 +31,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import Int
 
 from posttrain.models.architecture import DecoderConfig
+from posttrain.train.chips import chip_of
 
 # ---- what a step is -------------------------------------------------------------------------------------------------
 
@@ -99,31 +100,6 @@ class StepFlops:
 # ---- what the machine can do ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Tpu:
-    peak: float
-    """Published dense bf16 FLOP/s of a chip."""
-    cores: int
-    """Tensor cores of a chip."""
-    device_cores: int
-    """Those of a JAX device, where the device does not tell: at run time v4 and v5p join both into one device
-    (megacore), v3 and TPU7x make each a device of its own."""
-
-
-_V5E, _V5P, _V6E = _Tpu(197e12, 1, 1), _Tpu(459e12, 2, 2), _Tpu(918e12, 1, 1)
-_TPUS = {
-    "TPU v3": _Tpu(123e12, 2, 1),
-    "TPU v4": _Tpu(275e12, 2, 2),
-    "TPU v5 lite": _V5E,
-    "TPU v5e": _V5E,
-    "TPU v5": _V5P,
-    "TPU v5p": _V5P,
-    "TPU v6 lite": _V6E,
-    "TPU v6e": _V6E,
-    "TPU7x": _Tpu(2307e12, 2, 1),
-}
-"""By `device_kind`. From cloud.google.com/tpu/docs; TPU7x has 4614 in fp8."""
-
 _GPUS = {
     r"A100-(SXM4|PCIE)-\d+GB|A100 80GB PCIe": 312e12,
     r"H100 \d+GB HBM3": 989e12,
@@ -161,9 +137,9 @@ def peak_flops(devices: Sequence[Any]) -> tuple[float | None, str]:
 
 
 def _device_peak(device: Any) -> float | None:
-    tpu = _TPUS.get(device.device_kind)
-    if tpu is not None:
-        return tpu.peak * (getattr(device, "num_cores", None) or tpu.device_cores) / tpu.cores
+    chip = chip_of(device.device_kind)
+    if chip is not None:
+        return chip.bf16_flops * (getattr(device, "num_cores", None) or chip.device_cores) / chip.cores
     name = device.device_kind.removeprefix("NVIDIA ")
     return next((peak for pattern, peak in _GPUS.items() if re.fullmatch(pattern, name)), None)
 

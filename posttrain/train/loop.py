@@ -13,9 +13,10 @@ from etils import epath
 
 from posttrain.errors import UserError
 from posttrain.models.peft import CONFIG_FILE
-from posttrain.parallel.mesh import barrier
+from posttrain.parallel.processes import barrier
 from posttrain.records import Params, Scalars, TrainState
 from posttrain.train.checkpoint import BEST_METRIC, Checkpoints
+from posttrain.train.chips import chip_of
 from posttrain.train.flops import StepFlops, peak_flops
 from posttrain.train.heldout import DatasetLoss, global_batches
 from posttrain.train.metrics import Console, MetricsLog, Throughput
@@ -81,9 +82,10 @@ def _shapes(tree: Any) -> dict[str, tuple[Any, ...]]:
 
 
 def compile_step(setup: StepSetup) -> OneShape:
-    """The train step, compiled for its mesh; the state is donated."""
+    """The train step, compiled for its mesh, with the config's options over those of the chip; the state is donated."""
     step = make_train_step(setup.loss, setup.optimizer)
-    arguments, options = (setup.abstract_state(), setup.abstract_batch()), setup.config.train.xla_options
+    arguments, chip = (setup.abstract_state(), setup.abstract_batch()), chip_of(setup.mesh.devices.flat[0].device_kind)
+    options = {**(chip.xla_options if chip else {}), **setup.config.train.xla_options}
     return OneShape(step, setup.mesh, *arguments, donate=(0,), options=options)
 
 
@@ -133,6 +135,7 @@ def run(experiment: Experiment) -> RunResult:
         compile_start = time.monotonic()
         train_step = compile_step(experiment)
         console.note(f"compiled the train step in {time.monotonic() - compile_start:.1f} s")
+        console.note(f"attention: {experiment.model.decoder.options.attention}")
     peak, peak_source = peak_flops(jax.devices())
     console.note(f"MFU is relative to {peak_source}")
     throughput = Throughput(total_steps=last_step - start, peak_flops=peak)

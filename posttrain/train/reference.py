@@ -24,7 +24,7 @@ from posttrain.data.cache import default_cache_dir, writing
 from posttrain.data.claims import sync, temporary_name
 from posttrain.data.packed import PackedDataset, RefLogps, token_starts
 from posttrain.objectives.logps import batch_stats
-from posttrain.parallel.mesh import barrier
+from posttrain.parallel.processes import barrier
 from posttrain.parallel.sharding import batch_sharding, replicated
 from posttrain.records import Batch, Params
 from posttrain.train.heldout import global_batches

@@ -25,6 +25,7 @@ FREE_KEYS = (
     "train.xla_options",
     "model.attention",
     "model.remat",
+    "optimizer.memory",
     "data.cache_dir",
 )
 """What may differ on resume: it changes how the run is carried out, not which run it is."""

@@ -239,16 +239,9 @@ class StepSetup:
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of all that training changes."""
         params, whole = self.model.abstract_params, replicated(self.mesh)
-        trained, _ = self.optimizer.split(params)
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, trained)
-        opt_state = jax.eval_shape(self.optimizer.init, trained)
-        placed = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            opt_state,
-            self.optimizer.state_shardings(trained, shardings, whole),
-        )
+        opt_state = self.optimizer.abstract_state(self.optimizer.split(params)[0], whole)
         step = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
-        return TrainState(params, placed, step, jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=whole))
+        return TrainState(params, opt_state, step, jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=whole))
 
 
 @dataclass(frozen=True)
@@ -262,17 +255,13 @@ class Experiment(StepSetup):
 
     def initial_state(self) -> TrainState:
         """The pretrained weights, a fresh optimizer, step 0."""
-        abstract = self.abstract_state()
-        params = self.model.load(self.config.run.seed)
+        params, whole = self.model.load(self.config.run.seed), replicated(self.mesh)
 
-        def fresh(params: Params) -> tuple[Any, Any, Any]:
-            key = jax.random.key_data(jax.random.key(self.config.run.seed))
-            return self.optimizer.init(self.optimizer.split(params)[0]), jnp.int32(0), key
+        def fresh() -> tuple[jax.Array, jax.Array]:
+            return jnp.int32(0), jax.random.key_data(jax.random.key(self.config.run.seed))
 
-        rest = (abstract.opt_state, abstract.step, abstract.key)
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, rest)
-        opt_state, step, key = jax.jit(fresh, out_shardings=shardings)(params)
-        return TrainState(params, opt_state, step, key)
+        step, key = jax.jit(fresh, out_shardings=whole)()
+        return TrainState(params, self.optimizer.init(self.optimizer.split(params)[0], whole), step, key)
 
     def saved(self, state: TrainState) -> TrainState:
         """What a checkpoint holds: under LoRA not the frozen weights."""

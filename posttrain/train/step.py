@@ -10,14 +10,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float, Int
 
 from posttrain.models.decoder import AbstractDecoder, Decoder
 from posttrain.models.lora import Dropout
 from posttrain.parallel.sharding import flatten, unflatten
 from posttrain.records import Batch, Metric, Metrics, Objective, Params, Scalars, Statistics, TrainState
-from posttrain.train.optim import Optimizer
+from posttrain.train.optim import Optimizer, gradient_norm
 
 
 @dataclass(frozen=True)
@@ -78,8 +77,9 @@ class LossSums:
         statistics: Statistics | None = None,
         key: Array | None = None,
     ) -> tuple[Params, Scalars, Metrics]:
-        """Gradient of the loss in f32, added up over the accumulation steps in one buffer, with sums and metrics.
-        Without `statistics` the batch is all that they are taken over; without a key nothing is dropped."""
+        """Gradient of the loss, added up in one f32 buffer over several accumulation steps, in the compute dtype of a
+        single one; with sums and metrics. Without `statistics` the batch is all that they are taken over; without a key
+        nothing is dropped."""
         compute, rest = cast(trained, self.compute_dtype), cast(frozen, self.compute_dtype)
         if statistics is None and self.objective.needs_statistics and batch.tokens.shape[0] > 1:
             found = self.statistics(merge(trained, frozen), batch, key)
@@ -94,7 +94,7 @@ class LossSums:
         if batch.tokens.shape[0] == 1:
             total, aux = gradient(compute, jax.tree.map(lambda x: x[0], numbered))
             aux = jax.tree.map(lambda x: x[None], aux)
-            return _widen(total), *_over_micro_batches(aux)
+            return total, *_over_micro_batches(aux)
 
         def accumulate(total: Params, micro: tuple[Batch, Array]) -> tuple[Params, Any]:
             part, aux = gradient(compute, micro)
@@ -156,13 +156,10 @@ def make_train_step(loss: LossSums, optimizer: Optimizer) -> Callable[[TrainStat
         gradients, sums, metrics = loss.gradients(trained, frozen, batch, totals, key=key)
         gradients = optimizer.mask_frozen(gradients)
         logged = report(loss.objective, sums, totals, metrics)
-        norm = optax.tree.norm(gradients)
+        norm = gradient_norm(gradients)
         finite = jnp.isfinite(norm) & jnp.isfinite(logged["loss"])
         learning_rate = optimizer.schedule(state.step)
-        updated, opt_state = optimizer.update(gradients, state.opt_state, trained, learning_rate)
-        updated, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (updated, opt_state), (trained, state.opt_state)
-        )
+        updated, opt_state = optimizer.update(gradients, state.opt_state, trained, learning_rate, finite)
         logged |= {
             "grad_norm": norm,
             "learning_rate": learning_rate,
@@ -189,12 +186,13 @@ def make_eval_step(loss: LossSums) -> Callable[[Params, Batch, Statistics], tupl
 def make_gradient_step(
     loss: LossSums, split: Callable[[Params], tuple[Params, Params]] = lambda params: (params, {})
 ) -> Callable[[Params, Batch, Scalars, Statistics | None], tuple[Params, Scalars, Metrics]]:
-    """`(params, batch, totals, statistics) -> (gradients, sums, metrics)`, where totals and statistics may span several
-    batches. `split` says which parameters have a gradient."""
+    """`(params, batch, totals, statistics) -> (f32 gradients, sums, metrics)`, where totals and statistics may span
+    several batches. `split` says which parameters have a gradient."""
 
     def gradient_step(
         params: Params, batch: Batch, totals: Scalars, statistics: Statistics | None
     ) -> tuple[Params, Scalars, Metrics]:
-        return loss.gradients(*split(params), batch, totals, statistics)
+        gradients, sums, metrics = loss.gradients(*split(params), batch, totals, statistics)
+        return _widen(gradients), sums, metrics
 
     return gradient_step

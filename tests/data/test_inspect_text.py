@@ -176,7 +176,7 @@ def test_command(directory: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     assert done.value.code == 0 and "0 samples with 'no such text anywhere'" in capsys.readouterr().out
     with pytest.raises(SystemExit) as done:
         main(["inspect", str(config), "--step", "1000000"])
-    assert done.value.code == 1 and "--step 1000000" in capsys.readouterr().err
+    assert done.value.code == 2 and "--step 1000000" in capsys.readouterr().err
 
 
 def test_the_hostile_row_is_hostile() -> None:

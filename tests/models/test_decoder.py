@@ -165,7 +165,7 @@ def gradients(config: DecoderConfig, options: ComputeOptions) -> Params:
 
 
 @pytest.mark.parametrize("config", [SMALL, PATTERN], ids=["plain", "pattern"])
-@pytest.mark.parametrize("remat", ["minimal", "dots", "full"])
+@pytest.mark.parametrize("remat", ["minimal", "dots", "full", "offload"])
 def test_remat_changes_no_gradient(remat: Remat, config: DecoderConfig) -> None:
     assert_gradients_close(gradients(config, ComputeOptions("chunked", remat)), unremembered_gradients(config))
 
@@ -265,7 +265,7 @@ def test_embeddings_are_scaled_by_the_rounded_number() -> None:
     [
         ({"fsdp": 8}, "plain"),
         ({"fsdp": 4, "tensor": 2}, "plain"),
-        ({"data": 2, "fsdp": 2, "tensor": 2}, "pattern"),
+        ({"data": 2, "context": 2, "tensor": 2}, "pattern"),
         ({"data": 2, "fsdp": 2, "tensor": 2}, "post_only"),
     ],
 )

@@ -333,7 +333,7 @@ def test_micro_batches_change_nothing(dropout: float) -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("sizes", [{"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}])
+@pytest.mark.parametrize("sizes", [{"fsdp": 4, "context": 2}, {"data": 2, "fsdp": 2, "tensor": 2}])
 def test_the_mesh_changes_nothing(sizes: dict[str, int], dropout: float) -> None:
     results = []
     for mesh_sizes in ({"data": 8}, sizes):

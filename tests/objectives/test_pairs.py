@@ -158,7 +158,7 @@ def test_micro_batches_and_packing_change_nothing(params: Params, name: str) -> 
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "orpo", "aot"])
-@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
+@pytest.mark.parametrize("sizes", [{"fsdp": 2, "context": 4}, {"data": 2, "fsdp": 2, "tensor": 2}])
 def test_the_mesh_changes_nothing(params: Params, name: str, sizes: dict[str, int]) -> None:
     made = objective(name)
     batch = split(make_rows(packed=False, reference=made.needs_reference), 1)

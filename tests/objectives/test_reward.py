@@ -213,7 +213,7 @@ def test_micro_batches_and_packing_change_nothing(params: Params) -> None:
 
 
 @pytest.mark.parametrize(
-    "sizes", [{"fsdp": 8}, {"data": 8}, {"data": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}]
+    "sizes", [{"fsdp": 8}, {"data": 8}, {"data": 4, "context": 2}, {"data": 2, "fsdp": 2, "tensor": 2}]
 )
 def test_the_mesh_changes_nothing(params: Params, sizes: dict[str, int]) -> None:
     made = objective(center_rewards_coefficient=0.1)

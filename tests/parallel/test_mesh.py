@@ -1,10 +1,12 @@
 """Mesh sizes: filled in, or refused with what would work."""
 
+import re
+
 import pytest
 
 from posttrain.config import MeshConfig
 from posttrain.errors import UserError
-from posttrain.parallel.mesh import check_mesh, make_mesh, resolve_sizes, row_shards
+from posttrain.parallel.mesh import axis_sizes, check_mesh, check_row_length, make_mesh, resolve_sizes, row_shards
 
 
 def test_the_free_axis_takes_what_remains() -> None:
@@ -21,9 +23,61 @@ def test_an_axis_that_does_not_divide_is_explained() -> None:
         resolve_sizes(MeshConfig(data=2, fsdp=2), 8)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "devices", "fix"),
+    [
+        ({"tensor": 3}, 8, "mesh.tensor = 4"),
+        ({"tensor": 7, "data": 2}, 16, "mesh.tensor = 8"),
+        ({"context": 6, "fsdp": 2}, 8, "mesh.context = 4"),
+        ({"data": 2, "fsdp": 2}, 8, "mesh.data = 4"),
+        ({"fsdp": 1}, 8, "mesh.fsdp = 8"),
+        ({"data": 3, "tensor": 5, "fsdp": 1}, 8, "choose sizes whose product divides 8"),
+    ],
+)
+def test_the_nearest_that_works_is_named(sizes: dict[str, int], devices: int, fix: str) -> None:
+    with pytest.raises(UserError) as caught:
+        resolve_sizes(MeshConfig(**sizes), devices)
+    assert fix in str(caught.value)
+    if fix.startswith("mesh."):
+        axis, size = fix.removeprefix("mesh.").split(" = ")
+        resolve_sizes(MeshConfig(**(sizes | {axis: int(size)})), devices)
+
+
 def test_all_impossible_axes_are_named() -> None:
-    text = "\n".join(check_mesh(MeshConfig(context=2, data=0, fsdp=-1, tensor=-1)))
-    assert "mesh.context = 2" in text and "mesh.data = 0" in text and "fsdp and tensor are both -1" in text
+    text = "\n".join(check_mesh(MeshConfig(context=-2, data=0, fsdp=-1, tensor=-1)))
+    assert "mesh.context = -2" in text and "mesh.data = 0" in text and "fsdp and tensor are both -1" in text
+
+
+def chosen(devices: int, **facts: int) -> dict[str, int]:
+    """What a config that says nothing gets; axes of size 1 left out."""
+    return {name: size for name, size in resolve_sizes(MeshConfig(), devices, **facts).items() if size > 1}
+
+
+def test_a_config_that_says_nothing_gets_a_mesh() -> None:
+    assert chosen(8) == chosen(8, rows=16, row_length=4096) == {"fsdp": 8}
+    assert chosen(16, slices=2, rows=16, row_length=4096) == {"replica": 2, "fsdp": 8}
+
+
+def test_too_few_rows_are_split_themselves_if_they_can_be() -> None:
+    assert chosen(8, rows=2, row_length=131072) == {"fsdp": 2, "context": 4}
+    assert chosen(64, slices=2, rows=4, row_length=131072) == {"replica": 2, "fsdp": 2, "context": 16}
+    assert chosen(8, rows=2, row_length=1001) == {"fsdp": 8}  # refused with the batch
+    assert chosen(16, slices=2, rows=3, row_length=4096) == {"replica": 2, "fsdp": 8}
+
+
+@pytest.mark.parametrize(("row_length", "context"), [(1000, 3), (36, 8), (33, 2), (4096, 3)])
+def test_rows_that_cannot_be_split_are_explained(row_length: int, context: int) -> None:
+    sizes = axis_sizes(MeshConfig(context=context))
+    (problem,) = check_row_length(sizes, row_length)
+    assert f"data.row_length = {row_length}: mesh.context = {context}" in problem
+    length, devices = (int(n) for n in re.findall(r"= (\d+)", problem)[-2:])
+    assert not check_row_length(sizes, length) and abs(length - row_length) <= 2 * context
+    assert not check_row_length(axis_sizes(MeshConfig(context=devices)), row_length)
+
+
+def test_rows_that_can_be_split_are_not() -> None:
+    for context in (1, 2, 4, -1):
+        assert not check_row_length(axis_sizes(MeshConfig(context=context, fsdp=1)), 4096)
 
 
 def test_the_mesh_has_all_axes() -> None:

@@ -3,37 +3,46 @@
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from posttrain.config import MeshConfig
 from posttrain.errors import UserErrors
-from posttrain.models.decoder import DecoderConfig, abstract_decoder
 from posttrain.parallel.mesh import make_mesh
-from posttrain.parallel.sharding import flatten, global_batch, local_rows, place, select
+from posttrain.parallel.sharding import global_batch, idle_axes, local_rows, place, select, split_axes
 from posttrain.records import Batch
 
 SHAPES = {"embed/embedding": (256, 8), "layers/attn/q/kernel": (4, 8, 2, 4), "layers/mlp/up/kernel": (4, 8, 16)}
 
 
-def test_bytes_per_device_shrink_with_the_axes() -> None:
-    decoder = abstract_decoder(DecoderConfig(250, 32, 64, 2, 4, 2, 8))
-    shapes = flatten(decoder.shapes)
-
-    def bytes_per_device(**sizes: int) -> int:
-        mesh = make_mesh(MeshConfig(**sizes))
-        shards = [place(decoder.axes[p], s.shape, mesh).sharding.shard_shape(s.shape) for p, s in shapes.items()]
-        return 4 * sum(int(np.prod(shard)) for shard in shards)
-
-    whole = bytes_per_device(data=8, fsdp=1)
-    norms = 4 * (2 * 2 * 32 + 32)  # repeated on every mesh
-    assert bytes_per_device(data=1, fsdp=8) == (whole - norms) // 8 + norms
-    assert bytes_per_device(data=2, fsdp=2, tensor=2) == (whole - norms) // 4 + norms
-
-
 def test_a_dim_that_does_not_divide_is_repeated_and_named() -> None:
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
     placement = place(("layers", "embed", "heads", "head_size"), (3, 64, 9, 8), mesh)
-    assert placement.repeated == ("heads 9 over tensor 2",)
+    assert placement.repeated == ("heads 9 over tensor 2 (3 would do)",)
     assert placement.sharding.shard_shape((3, 64, 9, 8)) == (3, 16, 9, 8)
+
+
+def test_a_dim_is_split_over_the_first_axes_as_far_as_they_divide_it() -> None:
+    mesh = make_mesh(MeshConfig(fsdp=2, expert=2, context=2))
+    placement = place(("embed", "head_size"), (12, 8), mesh)
+    assert placement.sharding.spec == PartitionSpec(("fsdp", "expert"), None)
+    assert placement.repeated == ("embed 12 over context 2 (3 would do)",)
+    assert place(("embed",), (8,), mesh).sharding.shard_shape((8,)) == (1,)
+
+
+def test_tokens_are_split_into_two_chunks_a_device() -> None:
+    mesh = make_mesh(MeshConfig(fsdp=2, context=4))
+    assert split_axes("tokens", 16, mesh) == ("context",)
+    assert split_axes("tokens", 12, mesh) == ()
+
+
+def test_an_axis_that_divides_nothing_is_refused() -> None:
+    dims = [("layers", 6), ("embed", 64), ("heads", 9), ("kv_heads", 3), ("mlp", 100), ("experts", 6)]
+    (problem,) = idle_axes(dims, make_mesh(MeshConfig(tensor=8, fsdp=1)))
+    assert problem == "mesh.tensor = 8: divides none of heads 9, kv_heads 3, mlp 100; the nearest that works is 9"
+    (problem,) = idle_axes(dims, make_mesh(MeshConfig(expert=4, fsdp=2)))
+    assert problem == "mesh.expert = 4: divides none of experts 6; the nearest that works is 3"
+    assert idle_axes(dims, make_mesh(MeshConfig(tensor=4, expert=2, fsdp=1))) == []  # mlp 100 is split
+    assert idle_axes([("embed", 64)], make_mesh(MeshConfig(expert=4, fsdp=2))) == []  # a model without experts
 
 
 def test_global_batches_hold_the_rows_in_order() -> None:

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from posttrain.config import Config, parse_config
-from posttrain.errors import UserErrors
+from posttrain.errors import UserError, UserErrors
 from posttrain.plan.command import PlanOptions, compile_in_worker, plan
 from posttrain.plan.topology import ENVIRONMENT
 
+CACHE = str(Path(__file__).parent.parent.parent / ".cache" / "xla-tests")
 TINY = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -38,13 +39,23 @@ LAYER = 2 * (256 * (2 * 4 + 2 * 2) * 128 + 3 * 256 * 512)
         ({"topology": "v9:2x2"}, "no chip 'v9'; known: v4, v5e"),
         ({"topology": "v5e:2x2", "slices": 0}, "--slices 0: at least 1"),
         ({"topology": "v5e:2x2", "tokens": -1.0}, "--tokens -1.0: must be above 0"),
-        ({"topology": "v5e:2x2", "price": 2.0}, "give --tokens too"),
+        ({"tokens": 1e6}, "--tokens: time is predicted for chips only; name them with --topology"),
+        ({"price": 2.0}, "--price: time is predicted for chips only"),
+        ({"slices": 2}, "--slices 2: of what --topology names"),
+        ({"html": "plan.html"}, "--html: the page is of a plan for chips"),
     ],
 )
 def test_wrong_options_are_refused(options: dict, reason: str):
     with pytest.raises(UserErrors) as caught:
         plan(Config(), PlanOptions(**options))
     assert reason in str(caught.value)
+
+
+def test_a_price_needs_the_length_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The tokens, or data: here there are none."""
+    monkeypatch.setattr("posttrain.plan.command.check_libtpu", lambda: None)
+    with pytest.raises(UserError, match="give --tokens too, or data: "):
+        plan(config(tmp_path), PlanOptions(topology="v5e:2x2", price=2.0))
 
 
 def config(directory: Path, **sections: dict) -> Config:
@@ -61,7 +72,7 @@ def config(directory: Path, **sections: dict) -> Config:
 MESHES = """
 from posttrain.config import MeshConfig
 from posttrain.parallel.mesh import make_mesh
-from posttrain.plan.chips import chip_of
+from posttrain.train.chips import chip_of
 from posttrain.plan.topology import described_devices
 for wanted in ("v4:2x2x4 1", "v5e:4x4 1", "v5e:4x4 2", "v5p:2x2x2 1", "v6e:4x4 1", "tpu7x:2x2x1 1"):
     name, slices = wanted.split()[0], int(wanted.split()[1])
@@ -131,3 +142,61 @@ def test_as_a_user_calls_it(tmp_path: Path):
     assert low == pytest.approx(hours * 4 * 1.2) and low < high
     assert 0 < found["work"]["trained"] < found["work"]["parameters"] / 10
     assert found["memory"]["optimizer"] < found["memory"]["params"], "only the adapter has moments"
+
+
+SPLIT = ("activations", "gradients", "other")
+
+
+def test_the_devices_that_are_here(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """Eight emulated ones: memory by its purpose, work and collectives; no time."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", CACHE)
+    wanted = config(
+        tmp_path, train={"global_batch_size": 8}, mesh={"fsdp": 8}, data={"row_length": 128, "max_length": 128}
+    )
+    plan(wanted, PlanOptions(json=True))
+    found = json.loads(capsys.readouterr().out)
+    memory, parameters = found["memory"], found["work"]["parameters"]
+    assert (found["local"]["devices"], found["local"]["here"], found["local"]["platform"]) == (8, 8, "cpu")
+    assert found["mesh"]["fsdp"] == 8 and "prediction" not in found
+    assert memory["params"] == pytest.approx(4 * parameters / 8, rel=0.01)
+    assert memory["optimizer"] == pytest.approx(8 * parameters / 8, rel=0.01)
+    assert memory["batch"] == 4 * 128 * 4
+    assert sum(memory[part] for part in SPLIT) == memory["temporaries"]
+    layers, tables = 6 * 2 * LAYER / 8, 4 * 2 * 4096 * 256 / 8
+    assert layers <= memory["gradients"] <= 1.01 * (layers + tables) and memory["other"] > 0
+    assert memory["activations"] >= 6 * 4 * 128 * 256, "the input of every layer"
+    state = memory["params"] + memory["optimizer"] + memory["batch"]
+    assert memory["peak"] == pytest.approx(state + memory["temporaries"] + memory["results"], abs=64)
+    assert {tuple(c["axes"]) for c in found["cost"]["collectives"] if c["wire_bytes"]} == {("fsdp",)}
+
+
+def test_as_tables(tmp_path: Path):
+    """From the command line, on one device; CPU devices share a measured rate."""
+    written = config(
+        tmp_path, train={"global_batch_size": 1}, mesh={"fsdp": 1}, data={"row_length": 128, "max_length": 128}
+    )
+    file = tmp_path / "plan.yaml"
+    file.write_text(json.dumps(written.model_dump(mode="json")))
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment["JAX_COMPILATION_CACHE_DIR"] = CACHE
+    command = [sys.executable, "-m", "posttrain.cli", "plan", str(file), "--sharding"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "The devices that are here: 1 cpu (1 device)" in done.stdout
+    assert "activations kept for the backward pass" in done.stdout and "layers/mlp/gate/kernel" in done.stdout
+    assert "The time of a step is not predicted" in done.stdout and "matmul rate" in done.stdout
+
+
+@pytest.mark.acceptance
+def test_the_first_step_takes_what_is_predicted():
+    """A model of 1 GB on eight devices: the rise of the process's peak during the step, to 15 %."""
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("only Linux tells the peak of a part of a process's life")
+    script = Path(__file__).parent.parent.parent / "benchmarks" / "plan_memory.py"
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    command = [sys.executable, str(script), "--devices", "8", "--remat", "full", "--row-length", "64"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
+    found = json.loads(line.removeprefix("RESULT "))
+    assert found["params"] >= 1e9
+    assert found["predicted"] == pytest.approx(found["rise"], rel=0.15)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from posttrain.plan.chips import Chip
 from posttrain.plan.predict import KERNEL_SHARE, SLICED, predict
+from posttrain.train.chips import Chip
 
 CHIP = Chip("made up", 100e12, 16e9, 1e12, 100e9, 10e9, 1e9, ("Made up",))
 

@@ -323,7 +323,7 @@ def test_agrees_with_the_other_reader(name: str, shared: Path) -> None:
 
 @pytest.mark.acceptance
 def test_chips_agree_with_the_other_reader(shared: Path) -> None:
-    from posttrain.plan.chips import CHIPS
+    from posttrain.train.chips import CHIPS
 
     for name, (flops, bandwidth, memory, ici, clock) in judge(shared).CHIPS.items():
         chip = CHIPS[name]

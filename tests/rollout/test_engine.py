@@ -273,7 +273,9 @@ def test_an_abandoned_stream_leaves_nothing_behind() -> None:
 
 
 @pytest.mark.parametrize(
-    "sizes", [{"data": 8, "fsdp": 1}, {"data": 2, "fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str
+    "sizes",
+    [{"data": 8, "fsdp": 1}, {"data": 2, "fsdp": 2, "context": 2}, {"data": 2, "fsdp": 2, "tensor": 2}],
+    ids=str,
 )
 def test_a_mesh_changes_nothing(sizes: dict[str, int]) -> None:
     mesh = make_mesh(MeshConfig(**sizes))

@@ -2,9 +2,16 @@
 
 import pytest
 
-from posttrain.plan.chips import CHIPS, chip_of
+from posttrain.train.chips import CHIPS, chip_of
 
-MXU_FLOPS_PER_CYCLE = {"v4": 2 * 4 * 128, "v5e": 4 * 128, "v5p": 2 * 4 * 128, "v6e": 4 * 512, "tpu7x": 2 * 4 * 512}
+MXU_FLOPS_PER_CYCLE = {
+    "v3": 2 * 2 * 128,
+    "v4": 2 * 4 * 128,
+    "v5e": 4 * 128,
+    "v5p": 2 * 4 * 128,
+    "v6e": 4 * 512,
+    "tpu7x": 2 * 4 * 512,
+}
 """Matrix units of a chip times 128 rows of 128 (or 512 for the larger ones): multiplied by 256 below."""
 
 
@@ -17,6 +24,7 @@ def test_clock_times_matrix_units_is_the_peak(name: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "name", "flops", "hbm"),
     [
+        ("TPU v3", "v3", 61.5e12, 16),
         ("TPU v4", "v4", 137.5e12, 16),
         ("TPU v5 lite", "v5e", 197e12, 16),
         ("TPU v5", "v5p", 459e12, 95),
