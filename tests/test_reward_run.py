@@ -16,13 +16,14 @@ from posttrain.config import Config, parse_config
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.errors import UserError
 from posttrain.evaluate import EvaluateOptions, evaluate
-from posttrain.experiment import build, describe, setup_model
+from posttrain.experiment import build, setup_model
 from posttrain.models import hf
 from posttrain.parallel.sharding import flatten
 from posttrain.records import Batch
 from posttrain.train import loop
 from posttrain.train.checkpoint import Checkpoints
 from posttrain.train.loop import run
+from posttrain.train.overview import describe
 from tests.tiny import write_model
 
 WORDS = {"chosen": "It is surely the number", "rejected": "Who knows? Not me, and not"}

@@ -133,9 +133,9 @@ def _memory(plan: dict[str, Any], chip: Chip) -> Markup:
 
 def _parts_of_time(plan: dict[str, Any], chip: Chip) -> Markup:
     found = plan["prediction"]
-    attention = found["attention_seconds"]
-    core = Part("TensorCore, but for attention", found["compute_seconds"] - attention, 1)
-    kernels = [Part("attention kernels", seconds, 2) for seconds in (attention, attention / KERNEL_SHARE)]
+    at_peak = found["attention_seconds"] + found["expert_seconds"]
+    core = Part("TensorCore, but for kernels", found["compute_seconds"] - at_peak, 1)
+    kernels = [Part("kernels of attention and experts", seconds, 2) for seconds in (at_peak, at_peak / KERNEL_SHARE)]
     wires = [
         Part(f"collectives over {axes}", seconds, min(number, 7))
         for number, (axes, seconds) in enumerate(_by_axis(found["wires"]), 3)
@@ -149,7 +149,7 @@ def _parts_of_time(plan: dict[str, Any], chip: Chip) -> Markup:
         [("All hidden", hidden), ("Nothing hidden", [core, kernels[1], *wires])], show=milliseconds, limit=None
     )
     text = (
-        f"{1000 * low:,.4g} ms if computation and collectives overlap wholly, with attention kernels at peak; "
+        f"{1000 * low:,.4g} ms if computation and collectives overlap wholly, with kernels at peak; "
         f"{1000 * high:,.4g} ms if one comes after the other, with kernels at {KERNEL_SHARE:.0%} of peak."
     )
     return _section(
@@ -233,7 +233,7 @@ def _assumptions(plan: dict[str, Any]) -> Markup:
         ("Accumulation steps", f"{plan['accumulation']}"),
         ("Layers", f"{plan['num_layers']}"),
         ("Executed over useful FLOPs", f"{plan['prediction']['executed_over_useful']:.3f}"),
-        ("TensorCore time", "XLA's own cycles over the clock, attention kernels by their arithmetic"),
+        ("TensorCore time", "XLA's own cycles over the clock, kernels by their arithmetic"),
         ("Times on wires", "bytes over the chip's published bandwidth"),
         ("Calibration", _calibration(plan["calibration"])),
     ]

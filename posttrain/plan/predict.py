@@ -2,8 +2,9 @@
 
 Time of the step, as a range:
 
-- TensorCore time: XLA's own estimate of every instruction in cycles, over the clock. Attention kernels, which XLA does
-  not see into, are added by their arithmetic: at peak for the low end, at `KERNEL_SHARE` of it for the high end.
+- TensorCore time: XLA's own estimate of every instruction in cycles, over the clock. Kernels of attention and of
+  experts, which XLA does not see into, are added by their arithmetic: at peak for the low end, at `KERNEL_SHARE` of it
+  for the high end. Experts are taken to be equally busy, and an adapter's products with them as large as theirs.
 - Time on the wires: every collective's bytes over the chip's published bandwidth. The compiler writes some
   reduce-scatters as an all-reduce of which each device keeps a slice; the low end counts these as a reduce-scatter, the
   high end as what they are written as, twice the bytes.
@@ -18,7 +19,7 @@ from typing import Any
 from posttrain.train.chips import Chip
 
 KERNEL_SHARE = 0.4
-"""Of the peak that attention kernels reach at the pessimistic end."""
+"""Of the peak that kernels reach at the pessimistic end."""
 
 PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 """Matrix products over all pairs in a call of the splash attention kernels, by what their names contain."""
@@ -67,8 +68,10 @@ class Prediction:
     compute_seconds: float
     attention_seconds: float
     """At peak; part of `compute_seconds`."""
+    expert_seconds: float
+    """Of the experts' kernels, likewise."""
     matmul_seconds: float
-    """What the executed matrix products would take at peak, attention's included."""
+    """What the executed matrix products would take at peak, those of kernels included."""
     hbm_seconds: float
     wires: tuple[Wire, ...]
     wire_seconds: float
@@ -89,8 +92,10 @@ def predict(plan: dict[str, Any], chip: Chip, *, tokens: float | None, price: fl
     device, cost, work, memory = chip.device, plan["cost"], plan["work"], plan["memory"]
     devices = math.prod(plan["mesh"].values())
     calls = plan["num_layers"] * plan["accumulation"]
-    attention = _kernel_flops(cost["kernels"], work["attention_flops"] / devices / calls)
-    at_peak = attention / device.bf16_flops
+    attention = _attention_flops(cost["kernels"], work["attention_flops"] / devices / calls)
+    experts = _expert_flops(cost["kernels"], work["expert_flops"] / devices / calls)
+    kernels = attention + experts
+    at_peak = kernels / device.bf16_flops
     cycles = cost["estimated_cycles"] / device.clock
     wires = tuple(_wires(cost["collectives"], device))
     wire_seconds = math.fsum(wire.seconds for wire in wires)
@@ -105,15 +110,16 @@ def predict(plan: dict[str, Any], chip: Chip, *, tokens: float | None, price: fl
         fits=memory["peak"] <= device.hbm_bytes,
         memory_share=memory["peak"] / device.hbm_bytes,
         compute_seconds=cycles + at_peak,
-        attention_seconds=at_peak,
-        matmul_seconds=(cost["mxu_flops"] + attention) / device.bf16_flops,
+        attention_seconds=attention / device.bf16_flops,
+        expert_seconds=experts / device.bf16_flops,
+        matmul_seconds=(cost["mxu_flops"] + kernels) / device.bf16_flops,
         hbm_seconds=cost["hbm_bytes"] / device.hbm_bandwidth,
         wires=wires,
         wire_seconds=wire_seconds,
         step_seconds=(low, high),
         tokens_per_second=(work["tokens"] / high, work["tokens"] / low),
         mfu=(useful / device.bf16_flops / high, useful / device.bf16_flops / low),
-        executed_over_useful=(cost["mxu_flops"] + attention) / useful,
+        executed_over_useful=(cost["mxu_flops"] + kernels) / useful,
         chips=chips,
         hours=None if hours is None else (hours[0], hours[1]),
         chip_hours=chip_hours,
@@ -121,7 +127,12 @@ def predict(plan: dict[str, Any], chip: Chip, *, tokens: float | None, price: fl
     )
 
 
-def _kernel_flops(kernels: list[dict[str, Any]], attention_flops: float) -> float:
+def _expert_flops(kernels: list[dict[str, Any]], product: float) -> float:
+    """What the grouped products of megablox execute; `product` is one of a layer and accumulation step."""
+    return math.fsum(kernel["executed"] * product for kernel in kernels if kernel["name"] in ("gmm", "tgmm"))
+
+
+def _attention_flops(kernels: list[dict[str, Any]], attention_flops: float) -> float:
     """What the attention kernels execute on a device in a step.
 
     `attention_flops`, of one layer and accumulation step, forward and backward, are six products over all pairs.

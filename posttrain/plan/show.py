@@ -45,6 +45,7 @@ def show(
     times = [
         ("TensorCore, by XLA's cycles", found.compute_seconds),
         ("of it attention kernels, at peak", found.attention_seconds),
+        *([("of it experts' kernels, at peak", found.expert_seconds)] if found.expert_seconds else []),
         ("executed matrix products at peak", found.matmul_seconds),
         ("HBM traffic at peak", found.hbm_seconds),
         ("wires at peak", found.wire_seconds),
@@ -63,8 +64,8 @@ def show(
         print(f"The data make {length.steps:,} steps, {length.epoch_steps:,} in an epoch of ", end="")
         print(f"{length.epoch_tokens:,} tokens, which fill {length.filled:.1%} of its rows.")
     _compiled(plan)
-    print("Low: collectives hidden behind computation, attention kernels at peak. High: one after the other,")
-    print(f"attention kernels at {KERNEL_SHARE:.0%} of peak.")
+    print("Low: collectives hidden behind computation, kernels at peak. High: one after the other,")
+    print(f"kernels of attention and experts at {KERNEL_SHARE:.0%} of peak.")
     _calibration()
     print("Not modelled:")
     for line in NOT_MODELLED:

@@ -21,6 +21,7 @@ import numpy as np
 from posttrain.config import parse_config
 from posttrain.errors import UserError, UserErrors
 from posttrain.experiment import build_step, check_config, load_tokenizer, mesh_facts
+from posttrain.models.architecture import DecoderConfig
 from posttrain.parallel.mesh import make_mesh
 from posttrain.parallel.processes import start_processes
 from posttrain.parallel.sharding import flatten
@@ -65,6 +66,8 @@ class Work:
     """What the model's definition asks for with full rows of one segment each (`train/flops.py`)."""
     attention_flops: float
     """The part of them that attention kernels compute, forward and backward once."""
+    expert_flops: float
+    """One product of all tokens with the matrices of the experts that they go to, in all layers; a layer has three."""
     parameters: int
     trained: int
 
@@ -156,7 +159,17 @@ def _work(setup: StepSetup) -> Work:
     params = setup.abstract_state().params
     trained, _ = setup.optimizer.split(params)
     counts = [sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) for tree in (params, trained)]
-    return Work(rows, rows * length, with_attention, with_attention - without, *counts)
+    return Work(
+        rows, rows * length, with_attention, with_attention - without, _expert_flops(config, rows * length), *counts
+    )
+
+
+def _expert_flops(config: DecoderConfig, tokens: int) -> float:
+    moe = config.moe
+    if moe is None:
+        return 0.0
+    each = moe.num_experts_per_tok * config.hidden_size * moe.moe_intermediate_size
+    return 2.0 * config.num_hidden_layers * tokens * each
 
 
 def _bytes(tree: Any) -> int:

@@ -114,7 +114,7 @@ def plan_of(candidate: Candidate) -> dict[str, Any]:
         },
         "work": {
             **{"rows": candidate.rows, "tokens": tokens, "parameters": PARAMETERS, "trained": PARAMETERS},
-            **{"model_flops": tokens * FLOPS, "attention_flops": 0.0},
+            **{"model_flops": tokens * FLOPS, "attention_flops": 0.0, "expert_flops": 0.0},
         },
         "cost": {
             **{"mxu_flops": 1.1 * tokens * FLOPS / math.prod(candidate.mesh), "recomputed_flops": 0.0},

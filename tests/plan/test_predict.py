@@ -20,7 +20,7 @@ def plan(collectives=(), kernels=(), **given) -> dict:
         "num_layers": 10,
         "accumulation": 2,
         "memory": {"peak": 12e9},
-        "work": {"tokens": 8000, "model_flops": 8 * 30e12, "attention_flops": 8 * 6e12},
+        "work": {"tokens": 8000, "model_flops": 8 * 30e12, "attention_flops": 8 * 6e12, "expert_flops": 8 * 2e12},
         "cost": cost | {"collectives": list(collectives), "kernels": list(kernels)},
     } | given
 
@@ -54,6 +54,15 @@ def test_attention_kernels():
     assert found.attention_seconds == pytest.approx(0.11)
     assert found.step_seconds == pytest.approx((0.61, 0.5 + 0.11 / KERNEL_SHARE))
     assert found.matmul_seconds == pytest.approx(0.51)
+
+
+def test_kernels_of_experts():
+    """A product of all tokens is 2 TFLOP on a device, in 10 layers and 2 accumulation steps: 0.1 TFLOP a call."""
+    kernels = [{"name": "gmm", "executed": 180.0}, {"name": "tgmm", "executed": 60.0}]
+    found = predict(plan(kernels=kernels), CHIP, tokens=None, price=None)
+    assert found.expert_seconds == pytest.approx(0.24) and found.attention_seconds == 0.0
+    assert found.step_seconds == pytest.approx((0.74, 0.5 + 0.24 / KERNEL_SHARE))
+    assert found.matmul_seconds == pytest.approx(0.64) and found.executed_over_useful == pytest.approx(64 / 30)
 
 
 def test_collectives_are_hidden_or_not():

@@ -37,9 +37,9 @@ QUICK = {
     "dense": [("replica", "data", "fsdp"), ("replica", "data", "context"), ("fsdp", "context", "tensor")],
     "experts": [("replica", "tensor", "expert"), ("data", "tensor", "expert"), ("fsdp", "context", "expert")],
 }
-"""Axes of 2 devices each, such that every two axes meet; the other combinations are marked slow."""
+"""Axes of 2 devices each, such that every two axes meet; the other combinations are marked `sweep`."""
 CASES = [
-    pytest.param(sizes, model, marks=() if sizes in [dict.fromkeys(q, 2) for q in quick] else pytest.mark.slow)
+    pytest.param(sizes, model, marks=() if sizes in [dict.fromkeys(q, 2) for q in quick] else pytest.mark.sweep)
     for model, quick in QUICK.items()
     for sizes in ALL
 ]
