@@ -62,8 +62,21 @@ def gather(weight: Float[Array, "..."], names: Names) -> Float[Array, "..."]:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return weight
-    kept = [tuple(a for a in stored if a in used) for stored, used in _axes(names, weight.shape, mesh)]
-    whole = lax.with_sharding_constraint(weight, PartitionSpec(*(axes or None for axes in kept)))
+    axes = _axes(names, weight.shape, mesh)
+    moved = [tuple(a for a in stored if a not in used) for stored, used in axes]
+
+    def on_device(part: Array) -> Array:
+        for dim, gathered in enumerate(moved):
+            part = _all_gather(part, gathered, dim)
+        return part
+
+    # Not checked for replication: gathering over groups does not show it.
+    whole = jax.shard_map(
+        on_device,
+        in_specs=PartitionSpec(*(stored or None for stored, _ in axes)),
+        out_specs=PartitionSpec(*(tuple(a for a in stored if a in used) or None for stored, used in axes)),
+        check_vma=False,
+    )(weight)
     return checkpoint_name(whole, "gathered")
 
 
@@ -111,7 +124,7 @@ def gather_shards(x: Float[Array, "..."], axes: Names, dim: int) -> Float[Array,
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gather_shards(x: Array, axes: Names, dim: int) -> Array:
-    return lax.all_gather(x, axes, axis=dim, tiled=True)
+    return _all_gather(x, axes, dim)
 
 
 def _gather_shards_forward(x: Array, axes: Names, dim: int) -> tuple[Array, None]:
@@ -149,19 +162,36 @@ def _outer(x: Array, dy: Array) -> Array:
     return gradient.transpose(*range(outputs, gradient.ndim), *range(outputs))
 
 
-def _reduce_scatter(x: Array, axis: str, size: int, dim: int) -> Array:
-    """Sums `x` over the devices of an axis, each keeping its part of `dim`.
+def _stages(size: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Groups of an axis's devices in two stages, each of about the square root of the axis: equally far apart, then
+    side by side.
 
-    In two stages, over groups of about the square root of the axis: over an axis that winds through a torus of
-    several dims at once, TPU compilers write an all-reduce instead, of which each device then keeps a slice. So they do
-    for slices of the last dim that are narrower than 128 lanes, hence the dim is moved to the front.
+    Over an axis that winds through a torus of several dims at once TPU compilers write all-reduces, twice the bytes:
+    for a reduce-scatter one of which each device keeps a slice, for an all-gather (from 64 devices on) one of the parts
+    among zeros.
     """
     inner = next(n for n in range(math.isqrt(size), 0, -1) if size % n == 0)
     outer = size // inner
-    near = [[i * inner + j for i in range(outer)] for j in range(inner)]
-    far = [[i * inner + j for j in range(inner)] for i in range(outer)]
+    apart = [[i * inner + j for i in range(outer)] for j in range(inner)]
+    return apart, [[i * inner + j for j in range(inner)] for i in range(outer)]
+
+
+def _all_gather(x: Array, axes: Names, dim: int) -> Array:
+    """The parts of `dim` that the devices of the axes hold, the first axis outermost."""
+    for axis in reversed(axes):
+        for groups in reversed(_stages(lax.axis_size(axis))):
+            if len(groups[0]) > 1:
+                x = lax.all_gather(x, axis, axis=dim, axis_index_groups=groups, tiled=True)
+    return x
+
+
+def _reduce_scatter(x: Array, axis: str, size: int, dim: int) -> Array:
+    """Sums `x` over the devices of an axis, each keeping its part of `dim`.
+
+    The dim is moved to the front: slices of the last one that are narrower than 128 lanes come from an all-reduce too.
+    """
     x = jnp.moveaxis(x, dim, 0)
-    for groups in (near, far):
+    for groups in _stages(size):
         if len(groups[0]) > 1:
             x = lax.psum_scatter(x, axis, scatter_dimension=0, axis_index_groups=groups, tiled=True)
     return jnp.moveaxis(x, 0, dim)
