@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -27,6 +27,14 @@ exit "$code"
 """
 
 
+@pytest.fixture(autouse=True)
+def interrupts() -> Iterator[None]:
+    """What is started here can be interrupted, even where this process was started without (`nohup`, `&`)."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Puts a `posttrain` on PATH that ends with these codes."""
@@ -47,7 +55,7 @@ def starts(here: Path) -> int:
 
 
 def wait_for(file: Path) -> None:
-    for _ in range(200):
+    for _ in range(1200):
         if file.exists():
             return
         time.sleep(0.05)
