@@ -270,8 +270,7 @@ def _remat(layer: Any, remat: Remat) -> Any:
 
 def _but_gathered(primitive: Any, *_: Any, **parameters: Any) -> bool:
     """Saves all but weights gathered from other devices: with every layer's the whole model would be on each."""
-    gathers = primitive.name in ("all_gather", "sharding_constraint")
-    return not gathers and parameters.get("name") != "gathered"
+    return primitive.name != "all_gather" and parameters.get("name") != "gathered"
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,12 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from posttrain.config import MeshConfig
+from posttrain.models.architecture import DecoderConfig
 from posttrain.models.contract import contract, gather_shards
+from posttrain.models.decoder import ComputeOptions, Remat, abstract_decoder
 from posttrain.parallel.mesh import make_mesh
-from posttrain.parallel.sharding import place
+from posttrain.parallel.sharding import flatten, place, unflatten
+from posttrain.records import Batch
 
 B, T = 8, 16
 WEIGHTS = [
@@ -90,3 +93,24 @@ def test_shards_are_gathered_and_their_gradients_summed(size: int):
     value, vjp = jax.vjp(lambda x: run(x, weights).sum(), x)
     np.testing.assert_allclose(value, (np.float64(x) * weights).sum(), rtol=1e-5)
     np.testing.assert_allclose(vjp(jnp.ones(()))[0], np.float64(weights).sum(0), atol=1e-5)
+
+
+@pytest.mark.parametrize("remat", ["none", "minimal", "dots", "full"])
+def test_no_remat_policy_keeps_what_is_gathered(remat: Remat):
+    """Twelve layers over eight devices: a device never holds the whole model, nor three quarters of it."""
+    config = DecoderConfig(64, 64, 1024, 12, 2, 1, 32)
+    decoder = abstract_decoder(config, options=ComputeOptions("reference", remat))
+    mesh = make_mesh(MeshConfig(fsdp=8))
+    shapes = flatten(decoder.shapes)
+    stored = {path: place(axes, shapes[path].shape, mesh).sharding for path, axes in decoder.axes.items()}
+    params = {p: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=stored[p]) for p, leaf in shapes.items()}
+    ids = np.ones((8, 8), np.int32)
+    batch = Batch(ids, ids, np.tile(np.arange(8, dtype=np.int32), (8, 1)), np.ones((8, 8), np.float32))
+
+    def loss(params: dict) -> jax.Array:
+        return jnp.sum(decoder.merge(unflatten(params)).hidden(batch) ** 2)
+
+    with jax.set_mesh(mesh):
+        found = jax.jit(jax.grad(loss)).lower(params).compile().memory_analysis()
+    whole = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in params.values())
+    assert found.temp_size_in_bytes + found.argument_size_in_bytes < 0.75 * whole
