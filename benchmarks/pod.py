@@ -101,10 +101,9 @@ CASES = (
 def config_of(case: Case) -> Config:
     """The config of a case, as `posttrain plan configs/pod/sft.yaml` with flags would have it."""
     raw = yaml.safe_load((ROOT / "configs/pod/sft.yaml").read_text())
-    own = {
-        "model": {"path": str(MODELS / case.model)},
-        "train": {"global_batch_size": round(case.rows_per_device * case.devices)},
-    }
+    rows = round(case.rows_per_device * case.devices)
+    train = {"global_batch_size": rows} | ({"micro_batch_size": rows} if case.rows_per_device > 1 else {})
+    own = {"model": {"path": str(MODELS / case.model)}, "train": train}
     for sections in (own, case.overrides):
         for name, values in sections.items():
             replaced = name in ("objective", "mesh")
