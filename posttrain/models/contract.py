@@ -5,7 +5,6 @@ compiler, which gathers a weight anew for every layout it reads it in, and sums 
 keep a slice of it. In the terms of Rajbhandari et al. 2020 (ZeRO, stage 3): two gathers and one reduce-scatter.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -67,7 +66,7 @@ def gather(weight: Float[Array, "..."], names: Names) -> Float[Array, "..."]:
 
     def on_device(part: Array) -> Array:
         for dim, gathered in enumerate(moved):
-            part = _all_gather(part, gathered, dim)
+            part = gather_shards(part, gathered, dim)
         return part
 
     # Not checked for replication: gathering over groups does not show it.
@@ -116,28 +115,13 @@ def weight_gradient(x: Float[Array, "B T ..."], dy: Float[Array, "B T ..."], nam
 
 
 def gather_shards(x: Float[Array, "..."], axes: Names, dim: int) -> Float[Array, "..."]:
-    """Inside `shard_map`: the parts of `dim` that devices of these axes hold, together; the gradient is summed over
-    the axes and split again."""
-    whole: Array = _gather_shards(x, axes, dim)
-    return whole
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather_shards(x: Array, axes: Names, dim: int) -> Array:
-    return _all_gather(x, axes, dim)
-
-
-def _gather_shards_forward(x: Array, axes: Names, dim: int) -> tuple[Array, None]:
-    return _gather_shards(x, axes, dim), None
-
-
-def _gather_shards_backward(axes: Names, dim: int, _: None, gradient: Array) -> tuple[Array]:
-    for axis in axes:
-        gradient = _reduce_scatter(gradient, axis, lax.axis_size(axis), dim)
-    return (gradient,)
-
-
-_gather_shards.defvjp(_gather_shards_forward, _gather_shards_backward)
+    """Inside `shard_map`: the parts of `dim` that devices of the axes hold, the first axis outermost. Its transpose
+    sums the gradient over them and splits it again."""
+    for axis in reversed(axes):
+        for groups in reversed(_stages(lax.axis_size(axis))):
+            if len(groups[0]) > 1:
+                x = lax.all_gather(x, axis, axis=dim, axis_index_groups=groups, tiled=True)
+    return x
 
 
 def _axes(names: Names, shape: Sequence[int], mesh: AbstractMesh) -> list[tuple[Names, Names]]:
@@ -174,15 +158,6 @@ def _stages(size: int) -> tuple[list[list[int]], list[list[int]]]:
     outer = size // inner
     apart = [[i * inner + j for i in range(outer)] for j in range(inner)]
     return apart, [[i * inner + j for j in range(inner)] for i in range(outer)]
-
-
-def _all_gather(x: Array, axes: Names, dim: int) -> Array:
-    """The parts of `dim` that the devices of the axes hold, the first axis outermost."""
-    for axis in reversed(axes):
-        for groups in reversed(_stages(lax.axis_size(axis))):
-            if len(groups[0]) > 1:
-                x = lax.all_gather(x, axis, axis=dim, axis_index_groups=groups, tiled=True)
-    return x
 
 
 def _reduce_scatter(x: Array, axis: str, size: int, dim: int) -> Array:
