@@ -1,7 +1,7 @@
 # make demo        set up .venv and fine-tune a real model (about 5 minutes on 2 cores)
 # make test        the test suite, from nothing
 # make acceptance  tests with real models from packages, and with outside data where it is present
-# make sweep       every small mesh against one device (10 minutes)
+# make sweep       every small mesh against one device
 # make lint types  ruff, and shellcheck on launch/; pyright on posttrain/
 
 PYTHON ?= python3

@@ -97,7 +97,7 @@ def weight_gradient(x: Float[Array, "B T ..."], dy: Float[Array, "B T ..."], nam
         for dim, (stored, used) in enumerate(axes):
             for axis in (a for a in stored if a not in used):
                 if axis in left:
-                    gradient = _reduce_scatter(gradient, axis, mesh.shape[axis], dim)
+                    gradient = _reduce_scatter(gradient, axis, dim)
                     left.remove(axis)
                 else:
                     size = gradient.shape[dim] // mesh.shape[axis]
@@ -160,13 +160,13 @@ def _stages(size: int) -> tuple[list[list[int]], list[list[int]]]:
     return apart, [[i * inner + j for j in range(inner)] for i in range(outer)]
 
 
-def _reduce_scatter(x: Array, axis: str, size: int, dim: int) -> Array:
+def _reduce_scatter(x: Array, axis: str, dim: int) -> Array:
     """Sums `x` over the devices of an axis, each keeping its part of `dim`.
 
     The dim is moved to the front: slices of the last one that are narrower than 128 lanes come from an all-reduce too.
     """
     x = jnp.moveaxis(x, dim, 0)
-    for groups in _stages(size):
+    for groups in _stages(lax.axis_size(axis)):
         if len(groups[0]) > 1:
             x = lax.psum_scatter(x, axis, scatter_dimension=0, axis_index_groups=groups, tiled=True)
     return jnp.moveaxis(x, 0, dim)
