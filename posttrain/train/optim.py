@@ -175,9 +175,11 @@ class Optimizer:
         c, param = self.config, old.param.astype(jnp.float32)
         gradient, chosen = slope.astype(jnp.float32), self.trained[path]
         if c.max_grad_norm is not None:
-            gradient = jnp.where(step.norm < c.max_grad_norm, gradient, gradient / step.norm * c.max_grad_norm)
-        first = (1 - c.beta1) * gradient + c.beta1 * old.first.astype(jnp.float32)
-        second = (1 - c.beta2) * gradient * gradient + c.beta2 * old.second.astype(jnp.float32)
+            gradient = gradient * jnp.where(step.norm < c.max_grad_norm, 1.0, c.max_grad_norm / step.norm)
+        before, square_before = old.first.astype(jnp.float32), old.second.astype(jnp.float32)
+        first = jnp.where(step.accept, (1 - c.beta1) * gradient + c.beta1 * before, before)
+        second = jnp.where(step.accept, (1 - c.beta2) * gradient * gradient + c.beta2 * square_before, square_before)
+        first, second = _written_once(first, second)
         steps = (step.done + 1).astype(jnp.float32)
         mean, square = first / (1 - c.beta1**steps), second / (1 - c.beta2**steps)
         move = mean / (jnp.sqrt(square) + c.epsilon)
@@ -187,12 +189,22 @@ class Optimizer:
             move = move * _at(
                 chosen.astype(np.float32).reshape((-1,) + (1,) * (len(self.decay[path].shape) - 1)), layer
             )
-        param = param - step.learning_rate * move
+        param = jnp.where(step.accept, param - step.learning_rate * move, param)
         if jnp.bfloat16 in (old.param.dtype, old.second.dtype):
+            # What is not accepted has no bits to round.
             noise = _noise(path, old.param.shape, step.done, layer)
             param, second = _narrow(param, old.param.dtype, noise >> 16), _narrow(second, old.second.dtype, noise)
-        new = (value.astype(kept.dtype) for value, kept in zip((param, first, second), old, strict=True))
-        return _Leaf(*(jnp.where(step.accept, value, kept) for value, kept in zip(new, old, strict=True)))
+        return _Leaf(*(value.astype(kept.dtype) for value, kept in zip((param, first, second), old, strict=True)))
+
+
+def _written_once(first: Float32[Array, "..."], second: Float32[Array, "..."]) -> tuple[Array, Array]:
+    """The moments, on CPU written before the parameters are computed from them. XLA:CPU would compute them a second
+    time there, for which it would copy the old ones: they are overwritten by then."""
+
+    def apart(first: Array, second: Array) -> tuple[Array, Array]:
+        return jax.lax.optimization_barrier((first, second))
+
+    return jax.lax.platform_dependent(first, second, cpu=apart, default=lambda first, second: (first, second))
 
 
 STACK = "layers/"
