@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # A run on GKE, on one TPU slice or several, as a JobSet (launch/gke.yaml).
 #   launch/gke.sh pools  NAME --topology v6e:4x4 --cluster C --location REGION --zone ZONE [--slices N] [--spot]
-#   launch/gke.sh run    NAME --topology v6e:4x4 --image IMAGE [--slices N] [--spot] [--queue Q] [--account KSA]
-#                        [--restarts 20] [--grace 300] posttrain train configs/sft.yaml --run.dir gs://BUCKET/RUN ...
+#                        [--account NAME@PROJECT.iam.gserviceaccount.com]   of the nodes: reaches the run's bucket
+#   launch/gke.sh run    NAME --topology v6e:4x4 --image IMAGE [--slices N] [--spot] [--queue Q] [--restarts 20]
+#                        [--grace 300] posttrain train configs/sft.yaml --run.dir gs://BUCKET/RUN ...
 #   launch/gke.sh status|logs NAME [--save DIR]
-#   launch/gke.sh stop   NAME     deletes the JobSet: its pods get SIGTERM and save; `run` again resumes
+#   launch/gke.sh stop   NAME     deletes the JobSet when its pods, which get SIGTERM, have saved; `run` again resumes
 # --dry-run prints the commands, and with `run` the manifest, instead. kubectl uses its current context and namespace.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -16,24 +17,24 @@ cluster='' location='' zone=''
 shift 2
 while [ $# -gt 0 ]; do
     case $1 in
-        --topology) topology=${2:-}; shift 2 ;;
-        --image) image=${2:-}; shift 2 ;;
-        --slices) slices=${2:-}; shift 2 ;;
-        --queue) queue=${2:-}; shift 2 ;;
-        --account) account=${2:-}; shift 2 ;;
-        --restarts) restarts=${2:-}; shift 2 ;;
-        --grace) grace=${2:-}; shift 2 ;;
-        --save) save=${2:-}; shift 2 ;;
-        --cluster) cluster=${2:-}; shift 2 ;;
-        --location) location=${2:-}; shift 2 ;;
-        --zone) zone=${2:-}; shift 2 ;;
+        --topology) topology=$(value "$@"); shift 2 ;;
+        --image) image=$(value "$@"); shift 2 ;;
+        --slices) slices=$(value "$@"); shift 2 ;;
+        --queue) queue=$(value "$@"); shift 2 ;;
+        --account) account=$(value "$@"); shift 2 ;;
+        --restarts) restarts=$(value "$@"); shift 2 ;;
+        --grace) grace=$(value "$@"); shift 2 ;;
+        --save) save=$(value "$@"); shift 2 ;;
+        --cluster) cluster=$(value "$@"); shift 2 ;;
+        --location) location=$(value "$@"); shift 2 ;;
+        --zone) zone=$(value "$@"); shift 2 ;;
         --spot) spot=--spot; shift ;;
         --dry-run) dry_run=yes; shift ;;
         -*) die "$1: no such option" ;;
         *) break ;;
     esac
 done
-[[ $name =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] || die "NAME '$name': small letters, digits and -, at most 40"
+check_name "$name"
 for option in slices restarts grace; do whole_number "--$option" "${!option}"; done
 
 tpu() { # the node label and the machine type of a host with so many chips
@@ -52,9 +53,15 @@ pools() {
     [ "$cluster" ] && [ "$location" ] && [ "$zone" ] || die "pools: --cluster, --location and --zone are needed"
     local size=("--num-nodes=$hosts") i
     [ "$hosts" -eq 1 ] || size+=("--tpu-topology=$shape")
+    if [ "$generation" = tpu7x ] && [ "$hosts" -gt 1 ]; then # slices of these are placed by a policy of their own
+        run gcloud compute resource-policies create workload-policy "$name" --type=HIGH_THROUGHPUT \
+            "--accelerator-topology=$shape" "--region=${zone%-*}"
+        size+=("--placement-policy=$name")
+    fi
     for ((i = 0; i < slices; i++)); do
         run gcloud container node-pools create "$name-$i" "--cluster=$cluster" "--location=$location" \
-            "--node-locations=$zone" "--machine-type=$machine" "${size[@]}" ${spot:+"$spot"}
+            "--node-locations=$zone" "--machine-type=$machine" "${size[@]}" ${spot:+"$spot"} \
+            --scopes=cloud-platform ${account:+"--service-account=$account"}
     done
 }
 
@@ -62,7 +69,8 @@ json() { # the words as a JSON list
     local word list=''
     for word in "$@"; do
         word=${word//\\/\\\\}
-        list+="${list:+, }\"${word//\"/\\\"}\""
+        word=${word//\"/\\\"}
+        list+="${list:+, }\"${word//$'\n'/\\n}\""
     done
     echo "[$list]"
 }
@@ -75,10 +83,9 @@ manifest() { # COMMAND ...
     [ "$slices" -eq 1 ] || keep+=(slices)
     [ -z "$spot" ] || keep+=(spot)
     [ -z "$queue" ] || keep+=(queue)
-    [ -z "$account" ] || keep+=(account)
     local -A words=(
         [NAME]=$name [QUEUE]=$queue [RESTARTS]=$restarts [SLICES]=$slices [HOSTS]=$hosts [GRACE]=$grace
-        [ACCOUNT]=$account [ACCELERATOR]=$accelerator [SHAPE]=$shape [IMAGE]=$image [CHIPS]=$per_host
+        [ACCELERATOR]=$accelerator [SHAPE]=$shape [IMAGE]=$image [CHIPS]=$per_host
         [COMMAND]=$(json "$@")
     )
     while IFS= read -r line; do
@@ -102,15 +109,17 @@ logs() {
         return
     fi
     run mkdir -p "$save"
-    local pods=(pod/POD)
-    [ "$dry_run" ] || mapfile -t pods < <(kubectl get pods --selector="$selector" --output=name)
-    for pod in "${pods[@]}"; do
+    local pods=pod/POD failed=0
+    [ "$dry_run" ] || pods=$(kubectl get pods --selector="$selector" --output=name)
+    [ "$pods" ] || die "logs: no pods of $name are left; Cloud Logging has what they printed"
+    for pod in $pods; do
         if [ "$dry_run" ]; then
             echo "$(quote kubectl logs "$pod") >$save/${pod#pod/}.log"
         else
-            kubectl logs "$pod" >"$save/${pod#pod/}.log"
+            kubectl logs "$pod" >"$save/${pod#pod/}.log" || failed=1 # one that has not started has none
         fi
     done
+    return "$failed"
 }
 
 case $verb in
@@ -120,13 +129,17 @@ case $verb in
         text=$(manifest "$@")
         if [ "$dry_run" ]; then
             printf '%s\n' "$text"
-            echo "# kubectl apply --filename=-"
+            echo "# kubectl create --filename=-"
         else
-            kubectl apply --filename=- <<<"$text"
+            kubectl create --filename=- <<<"$text" ||
+                die "run: where it says AlreadyExists, a run of this name is there, ended or not: launch/gke.sh stop $name"
         fi
         ;;
-    status) run kubectl get jobsets,jobs,pods --selector="jobset.sigs.k8s.io/jobset-name=$name" --output=wide ;;
+    status)
+        run kubectl get jobset "$name"
+        run kubectl get jobs,pods --selector="jobset.sigs.k8s.io/jobset-name=$name" --output=wide
+        ;;
     logs) logs ;;
-    stop) run kubectl delete jobset "$name" ;;
+    stop) run kubectl delete jobset "$name" --cascade=foreground ;; # returns when the pods are gone
     *) die "$verb: no such verb; pools, run, status, logs or stop" ;;
 esac

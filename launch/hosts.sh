@@ -13,16 +13,16 @@ verb=$1 name=$2 hosts='' port=8476 dir=$PWD save='' dry_run=''
 shift 2
 while [ $# -gt 0 ]; do
     case $1 in
-        --hosts) hosts=${2:-}; shift 2 ;;
-        --port) port=${2:-}; shift 2 ;;
-        --dir) dir=${2:-}; shift 2 ;;
-        --save) save=${2:-}; shift 2 ;;
+        --hosts) hosts=$(value "$@"); shift 2 ;;
+        --port) port=$(value "$@"); shift 2 ;;
+        --dir) dir=$(value "$@"); shift 2 ;;
+        --save) save=$(value "$@"); shift 2 ;;
         --dry-run) dry_run=yes; shift ;;
         -*) die "$1: no such option" ;;
         *) break ;;
     esac
 done
-[ "$hosts" ] || die "--hosts: name the hosts, like a,b,c"
+[ "$hosts" ] && [[ ,$hosts, != *,,* ]] || die "--hosts '$hosts': name the hosts, like a,b,c"
 whole_number --port "$port"
 [ "$verb" != run ] || [ $# -gt 0 ] || die "run: give the command to run"
 IFS=, read -ra list <<<"$hosts"
@@ -33,23 +33,28 @@ on() { # on HOST COMMAND LINE
 }
 
 [ -z "$save" ] || run mkdir -p "$save"
+failed=0 # a host that does not answer, or runs already, does not keep the others waiting
 for i in "${!list[@]}"; do
     host=${list[i]}
     case $verb in
         run)
             peers=("JAX_COORDINATOR_ADDRESS=${list[0]#*@}:$port" "JAX_NUM_PROCESSES=${#list[@]}" "JAX_PROCESS_ID=$i")
-            on "$host" "$(quote env "${peers[@]}" launch/supervise.sh --detach --dir "$where" "$@")"
+            on "$host" "$(quote env "${peers[@]}" launch/supervise.sh --detach --dir "$where" "$@")" || failed=1
             ;;
-        status) echo "$host: $(on "$host" "$(quote launch/supervise.sh --status "$where")")" ;;
-        stop) on "$host" "$(quote launch/supervise.sh --stop "$where")" ;;
+        status)
+            answer=$(on "$host" "$(quote launch/supervise.sh --status "$where")") || answer='no answer' failed=1
+            echo "$host: $answer"
+            ;;
+        stop) on "$host" "$(quote launch/supervise.sh --stop "$where")" || failed=1 ;;
         logs)
             if [ "$save" ]; then
-                run scp -q -o BatchMode=yes "$host:$dir/$where/log" "$save/process-$i.log"
+                run scp -q -o BatchMode=yes "$host:$dir/$where/log" "$save/process-$i.log" || failed=1
             else
                 echo "--- process $i, $host"
-                on "$host" "$(quote tail -n 20 "$where/log")"
+                on "$host" "$(quote tail -n 20 "$where/log")" || failed=1
             fi
             ;;
         *) die "$verb: no such verb; run, status, logs or stop" ;;
     esac
 done
+exit "$failed"

@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # Several processes of one run on this machine, as on several hosts:
 #   launch/local.sh [--logs DIR] [--dry-run] 2 posttrain train configs/sft.yaml --mesh.fsdp 8
-# On CPU each process emulates its share of the mesh's devices. Ctrl-C and SIGTERM reach every process, once. With --logs
-# each writes to its own file. Ends with 2 if a process was given wrong input, otherwise with the first failure's code.
+# On CPU each process emulates its share of the mesh's devices. On GPUs each would take all of them: use one process, or
+# srun or mpirun, which share them out. Ctrl-C and SIGTERM reach every process, once. With --logs each writes to its own
+# file. Ends with 2 if a process was given wrong input, otherwise with the first failure's code.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 logs='' dry_run=''
 while true; do
     case ${1:-} in
-        --logs) logs=${2:-}; shift 2 ;;
+        --logs) logs=$(value "$@"); shift 2 ;;
         --dry-run) dry_run=yes; shift ;;
         *) break ;;
     esac
@@ -53,13 +54,7 @@ done
 if [ "$told" ] && [ -z "$passed" ]; then tell "$told"; fi
 status=0
 for pid in "${pids[@]}"; do
-    code=0
-    wait "$pid" || code=$?
-    # A trapped signal ends `wait` early: wait again for the process itself.
-    while kill -0 "$pid" 2>/dev/null; do
-        code=0
-        wait "$pid" || code=$?
-    done
+    wait_out "$pid"
     if [ "$code" -eq 2 ] || [ "$status" -eq 0 ]; then
         status=$code
     fi

@@ -15,40 +15,45 @@
 #SBATCH --output=posttrain-%j.out
 set -euo pipefail
 root=${SLURM_SUBMIT_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}
+if [ ! -f "$root/launch/common.sh" ]; then # this script itself was copied by sbatch
+    echo "slurm.sh: $root has no launch/: submit from the repository's root" >&2
+    exit 2
+fi
+# shellcheck source-path=SCRIPTDIR source=common.sh
+source "$root/launch/common.sh"
 dry_run=''
 if [ "${1:-}" = --dry-run ]; then
     dry_run=yes
     shift
 fi
 if [ $# -eq 0 ]; then
-    echo "usage: sbatch [OPTIONS] launch/slurm.sh [--dry-run] COMMAND ... (from the repository's root)" >&2
-    exit 2
+    die "usage: sbatch [OPTIONS] launch/slurm.sh [--dry-run] COMMAND ... (from the repository's root)"
 fi
 job=${SLURM_JOB_ID:-JOB} requeued=${SLURM_RESTART_COUNT:-0} most=${POSTTRAIN_REQUEUES:-100}
 # A task that has ended first must not take the others with it while they still save.
-step=(srun --kill-on-bad-exit=0 --cpu-bind=none --open-mode=append "--output=posttrain-$job-process-%t.log" "$@")
+step=(srun --kill-on-bad-exit=0 --wait=0 --cpu-bind=none --open-mode=append "--output=posttrain-$job-process-%t.log" "$@")
 if [ "$dry_run" ]; then
     "$root/launch/supervise.sh" --dry-run "${step[@]}"
-    echo "scontrol requeue $job # after exit code 143, if the job was not cancelled"
+    echo "scontrol requeue $job # if the job was told to stop, and not cancelled"
     exit 0
 fi
 echo "$(date -u +%FT%TZ) job $job on $SLURM_JOB_NODELIST, requeued $requeued times: $*"
 supervisor='' told=''
-# SLURM signals this shell alone; srun passes what it gets on to the tasks.
+# SLURM signals this shell alone; the supervisor has scancel tell the tasks.
 trap 'told=yes; [ -z "$supervisor" ] || kill -TERM "$supervisor" 2>/dev/null || true' TERM
-"$root/launch/supervise.sh" "${step[@]}" &
+"$root/launch/supervise.sh" --scancel "$job" "${step[@]}" &
 supervisor=$!
 [ -z "$told" ] || kill -TERM "$supervisor" 2>/dev/null || true # it came before the number was known
-code=0
-wait "$supervisor" || code=$?
-while kill -0 "$supervisor" 2>/dev/null; do # the trapped signal ended `wait` early
-    code=0
-    wait "$supervisor" || code=$?
-done
+wait_out "$supervisor"
 # A job that was cancelled, or that SLURM preempted and requeues itself, is no longer RUNNING.
 state=$(squeue --noheader "--jobs=$job" --format=%T || true)
-if [ "$code" -eq 143 ] && [ "$state" = RUNNING ] && [ "$requeued" -lt "$most" ]; then
-    echo "$(date -u +%FT%TZ) saved: back into the queue"
-    scontrol requeue "$job"
-fi
+case $code in
+    0 | 2 | 126 | 127 | 130) ;; # done, or trying again cannot help
+    *)
+        if [ "$told" ] && [ "$state" = RUNNING ] && [ "$requeued" -lt "$most" ]; then
+            echo "$(date -u +%FT%TZ) told to stop, exit code $code: back into the queue"
+            scontrol requeue "$job"
+        fi
+        ;;
+esac
 exit "$code"

@@ -11,7 +11,7 @@
 #                with that code after so many failures in a row. A run of half an hour ends a row.
 # With --dir DIR all output goes to DIR/log, this script's process number to DIR/pid and the exit code, at the end, to
 # DIR/code; --detach returns at once and lets it run on without the terminal; --copy-to gs://BUCKET/FILE copies the log
-# there every minute. Then:
+# there every minute. --scancel JOB passes signals on by SLURM's scancel: at a SIGTERM srun itself kills its tasks. Then:
 #   launch/supervise.sh --status DIR   the exit code, `runs`, or `gone` (never started, or the host went down)
 #   launch/supervise.sh --stop DIR     SIGTERM: the run saves and ends
 set -euo pipefail
@@ -19,20 +19,32 @@ usage() {
     sed -n '2,/^set /{s/^# \{0,1\}//;/^set /d;p}' "$0" >&2
     exit 2
 }
-runs() { [ -f "$1/pid" ] && kill -0 "$(cat "$1/pid")" 2>/dev/null; }
+runs() { # after a reboot the number may be that of another process
+    local pid
+    [ -f "$1/pid" ] && pid=$(cat "$1/pid") && kill -0 "$pid" 2>/dev/null || return 1
+    [ ! -e /proc/self/cmdline ] || grep -qa supervise "/proc/$pid/cmdline"
+}
 
-failures=5 pause=15 dir='' detach='' copy='' dry_run='' healthy=${POSTTRAIN_HEALTHY_SECONDS:-1800} options=()
+failures=5 pause=15 dir='' detach='' copy='' job='' dry_run='' healthy=${POSTTRAIN_HEALTHY_SECONDS:-1800} options=()
 while [ $# -gt 0 ]; do
+    case $1 in
+        --detach | --dry-run) ;;
+        -*) [ $# -ge 2 ] || usage ;; # all others take a value
+    esac
     case $1 in
         --status)
             cat "$2/code" 2>/dev/null || { runs "$2" && echo runs; } || echo gone
             exit 0
             ;;
-        --stop) runs "$2" && kill -TERM "$(cat "$2/pid")"; exit ;;
+        --stop)
+            if runs "$2"; then kill -TERM "$(cat "$2/pid")"; else echo "supervise: $2: nothing runs" >&2; fi
+            exit 0
+            ;;
         --failures) failures=$2 ;;
         --pause) pause=$2 ;;
         --dir) dir=$2 ;;
         --copy-to) copy=$2 ;;
+        --scancel) job=$2 ;;
         --detach | --dry-run) ;;
         -*) usage ;;
         *) break ;;
@@ -45,6 +57,12 @@ while [ $# -gt 0 ]; do
 done
 [ $# -gt 0 ] || usage
 if [ -z "$dir" ] && [ "$detach$copy" ]; then usage; fi
+for number in "$failures" "$pause" "$healthy"; do
+    if ! [[ $number =~ ^(0|[1-9][0-9]*)$ ]]; then
+        echo "supervise: '$number': --failures, --pause and POSTTRAIN_HEALTHY_SECONDS are whole numbers" >&2
+        exit 2
+    fi
+done
 if [ "$dry_run" ]; then
     printf -v line '%q ' "$@"
     echo "${line% }${dir:+ >>$dir/log 2>&1}"
@@ -67,10 +85,10 @@ if [ "$dir" ]; then
     exec >>"$dir/log" 2>&1
 fi
 
-child='' told='' passed='' copier=''
+child='' pausing='' told='' passed='' copier=''
 finish() {
     if [ "$copier" ]; then
-        kill "$copier" 2>/dev/null || true
+        kill -- "-$copier" 2>/dev/null || true # with the copy that it may be making
         gcloud storage cp --quiet "$dir/log" "$copy" || true
     fi
     [ -z "$dir" ] || echo "$1" >"$dir/code"
@@ -81,16 +99,17 @@ tell() { # a signal that comes while a child is being started waits until its nu
     told=$1
     [ "$child" ] || return 0
     passed=yes
-    kill "-$1" "$child" 2>/dev/null || true
+    if [ "$job" ] && [ -z "$pausing" ]; then
+        scancel "--signal=$1" "$job" || true
+    else
+        kill "-$1" "$child" 2>/dev/null || true
+    fi
 }
-wait_for_child() { # a trapped signal ends `wait` early: wait again for the process itself
+wait_for_child() { # a trapped signal ends `wait` early: it is asked again at the end
     if [ "$told" ] && [ -z "$passed" ]; then tell "$told"; fi
+    while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done
     code=0
     wait "$child" || code=$?
-    while kill -0 "$child" 2>/dev/null; do
-        code=0
-        wait "$child" || code=$?
-    done
     child=''
 }
 trap 'tell TERM' TERM
@@ -126,10 +145,12 @@ while true; do
         say "exit code $code: failure $row in a row, giving up"
         finish "$code"
     fi
-    say "exit code $code: failure $row in a row, starting again in $((pause << (row - 1))) s"
-    failed=$code
-    sleep $((pause << (row - 1))) &
+    seconds=$((pause << (row < 9 ? row - 1 : 8)))
+    say "exit code $code: failure $row in a row, starting again in $seconds s"
+    failed=$code pausing=yes
+    sleep "$seconds" &
     child=$!
     wait_for_child
+    pausing=''
     [ -z "$told" ] || finish "$failed"
 done

@@ -7,8 +7,9 @@
 #   launch/tpu.sh logs   NAME --zone ZONE [--save DIR]
 #   launch/tpu.sh keep   NAME (all options of create and run) posttrain train ...
 # `keep` does all of it and stays: when the slices are taken away it asks for new ones, sets them up and starts the run
-# again, which resumes; when the run has ended it deletes them. --slices must be given to every verb if it is not 1, and
-# --dry-run prints the commands instead. NAME is the queued resource and, with a number behind it, its slices.
+# again, which resumes; when the run has ended, or ten tries in a row to start it have failed, it deletes them. --slices
+# must be given to every verb if it is not 1, and --dry-run prints the commands instead. NAME is the queued resource and,
+# with a number behind it, its slices.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source-path=SCRIPTDIR source=common.sh
@@ -19,13 +20,13 @@ shift 2
 given=("$@")
 while [ $# -gt 0 ]; do
     case $1 in
-        --topology) topology=${2:-}; shift 2 ;;
-        --zone) zone=${2:-}; shift 2 ;;
-        --slices) slices=${2:-}; shift 2 ;;
-        --runtime) runtime=${2:-}; shift 2 ;;
-        --logs) logs=${2:-}; shift 2 ;;
-        --save) save=${2:-}; shift 2 ;;
-        --poll) poll=${2:-}; shift 2 ;;
+        --topology) topology=$(value "$@"); shift 2 ;;
+        --zone) zone=$(value "$@"); shift 2 ;;
+        --slices) slices=$(value "$@"); shift 2 ;;
+        --runtime) runtime=$(value "$@"); shift 2 ;;
+        --logs) logs=$(value "$@"); shift 2 ;;
+        --save) save=$(value "$@"); shift 2 ;;
+        --poll) poll=$(value "$@"); shift 2 ;;
         --spot) spot=--spot; shift ;;
         --dry-run) dry_run=yes; shift ;;
         -*) die "$1: no such option" ;;
@@ -33,6 +34,7 @@ while [ $# -gt 0 ]; do
     esac
 done
 options=("${given[@]:0:${#given[@]}-$#}")
+check_name "$name"
 [ "$zone" ] || die "--zone: name the zone of the TPU"
 whole_number --slices "$slices"
 nodes=("$name")
@@ -70,9 +72,9 @@ create() {
         "${names[@]}" ${spot:+"$spot"}
 }
 
-# The TPU images have an older Python: uv brings one.
+# The TPU images have an older Python: uv brings one. The file env/ready says that nothing is missing.
 setup() {
-    local wheels node
+    local wheels node install
     wheels=$(if [ "$dry_run" ]; then echo dist; else mktemp -d; fi)
     run python3 -m pip wheel --quiet --no-deps --wheel-dir "$wheels" "$root"
     local wheel="$wheels/posttrain.whl"
@@ -82,7 +84,9 @@ setup() {
         run "${vm[@]}" scp "$wheel" "$root/launch/supervise.sh" "$node:$dir/" "${place[@]}" --worker=all
         run "${vm[@]}" scp --recurse "$root/configs" "$node:$dir/" "${place[@]}" --worker=all
     done
-    everywhere "cd $dir && python3 -m pip install --quiet --user uv && python3 -m uv venv --quiet --clear --python 3.12 env && python3 -m uv pip install --quiet --python env/bin/python '$(basename "$wheel")[tpu,gcs]'"
+    install="python3 -m uv pip install --quiet --python env/bin/python '$(basename "$wheel")[tpu,gcs]'"
+    [ "$dry_run" ] || rm -r "$wheels"
+    everywhere "cd $dir && python3 -m pip install --quiet --user uv && python3 -m uv venv --quiet --clear --python 3.12 env && $install && touch env/ready"
 }
 
 # A log is named after its host in the bucket.
@@ -92,52 +96,111 @@ start() {
     everywhere "cd $dir && PATH=\$PWD/env/bin:\$PATH bash supervise.sh --detach --dir $name $copy$(quote "$@")"
 }
 
-codes() { # a line of every host: exit code, `runs`, `gone`, or `new` where nothing is set up
-    everywhere "bash $dir/supervise.sh --status $dir/$name 2>/dev/null || echo new"
+codes() { # a line of every host: exit code, `runs`, `gone`, or `new` where not all is set up
+    everywhere "if [ -f $dir/env/ready ]; then bash $dir/supervise.sh --status $dir/$name; else echo new; fi"
+}
+
+described() { # COMMAND: what it prints; `none` where there is no such thing, `unknown` where it cannot be told
+    local error
+    if "$@" 2>/dev/null; then return; fi
+    error=$("$@" 2>&1 >/dev/null) || true
+    if [[ $error == *NOT_FOUND* ]]; then echo none; else echo "$error" >&2; echo unknown; fi
 }
 
 state() { # of the slices together: `up`, `lost`, or the queued resource's state while it is on its way
     local found node
-    found=$("${queued[@]}" describe "$name" "${place[@]}" --format='value(state.state)' 2>/dev/null) || found=none
-    if [ "$found" = ACTIVE ]; then
-        found=up
-        for node in "${nodes[@]}"; do
-            [ "$("${vm[@]}" describe "$node" "${place[@]}" --format='value(state)')" = READY ] || found=lost
-        done
-    fi
-    case $found in SUSPENDING | SUSPENDED | FAILED) found=lost ;; esac
+    found=$(described "${queued[@]}" describe "$name" "${place[@]}" --format='value(state.state)')
+    case $found in
+        SUSPENDING | SUSPENDED) found=lost ;;
+        ACTIVE)
+            found=up
+            for node in "${nodes[@]}"; do
+                case $(described "${vm[@]}" describe "$node" "${place[@]}" --format='value(state)') in
+                    READY) ;;
+                    unknown) [ "$found" = lost ] || found=unknown ;;
+                    *) found=lost ;;
+                esac
+            done
+            ;;
+    esac
     echo "$found"
 }
 
 delete() { run "${queued[@]}" delete "$name" "${place[@]}" --force; }
 
+say() { echo "$(date -u +%FT%TZ) $name: $*"; }
+
+failed=0 known='' answered='' # tries in a row to have the run started; whether the service, and a host, ever answered
 keep() { # each step is a script of its own, so that its first error ends it
-    local now before='' answers code
+    local now before=''
     while true; do
         now=$(state)
-        [ "$now" = "$before" ] || echo "$(date -u +%FT%TZ) $name: $now"
+        [ "$now" = "$before" ] || say "$now"
         before=$now
+        [ "$now" = unknown ] || known=yes
         case $now in
-            none) self create || true ;;
-            lost) self delete || true ;;
-            up)
-                answers=$(self codes 2>/dev/null | grep -E '^(new|runs|gone|[0-9]+)$') || true # none: no answer
-                if grep -qx new <<<"$answers"; then
-                    if self setup; then self run "$@" || true; fi
-                elif grep -qx gone <<<"$answers"; then
-                    self run "$@" || true
-                elif [ "$answers" ] && ! grep -qx runs <<<"$answers"; then
-                    code=$(sort -n <<<"$answers" | tail -n 1)
-                    if grep -qx 2 <<<"$answers"; then code=2; fi
-                    echo "$(date -u +%FT%TZ) $name: ended with code $code"
-                    self logs || true
-                    self delete
-                    exit "$code"
-                fi
+            unknown) [ "$known" ] || failed=$((failed + 1)) ;; # later the run may go on all the same
+            none)
+                self create || {
+                    [ $? -ne 2 ] || exit 2 # wrong options
+                    failed=$((failed + 1))
+                }
                 ;;
+            lost) self delete || failed=$((failed + 1)) ;;
+            FAILED) # the request itself
+                failed=$((failed + 1))
+                "${queued[@]}" describe "$name" "${place[@]}" --format='value(state.failedData.error.message)' || true
+                self delete || true
+                ;;
+            up) attend "$@" ;;
         esac
+        if [ "$failed" -ge 10 ]; then
+            say "$failed tries in a row to start the run have failed: giving up"
+            if [ "$known" ] && [ "$now" != none ]; then give_back; fi
+            exit 1
+        fi
         sleep "$poll"
     done
+}
+
+attend() { # COMMAND: to the slices, once they are up
+    local answers complete=yes code
+    answers=$(self codes 2>/dev/null) || complete='' # some host did not answer
+    answers=$(grep -E '^(new|runs|gone|[0-9]+)$' <<<"$answers") || true
+    if [ -z "$answers" ]; then
+        say "no host answers ssh"
+        [ "$answered" ] || failed=$((failed + 1))
+        return
+    fi
+    answered=yes
+    if grep -qx new <<<"$answers"; then
+        failed=$((failed + 1))
+        if self setup; then self run "$@" || true; fi
+    elif grep -qx gone <<<"$answers"; then
+        failed=$((failed + 1))
+        self run "$@" || true
+    elif grep -qx runs <<<"$answers"; then
+        failed=0
+        if grep -qx 2 <<<"$answers"; then self stop || true; fi # one found wrong input: the others wait for it
+    elif [ "$complete" ]; then
+        code=$(sort -n <<<"$answers" | tail -n 1)
+        if grep -qx 2 <<<"$answers"; then code=2; fi
+        say "ended with code $code"
+        self logs || true
+        give_back
+        exit "$code"
+    else
+        failed=$((failed + 1))
+    fi
+}
+
+give_back() { # what is not deleted costs
+    local try
+    for ((try = 0; try < 5; try++)); do
+        if self delete; then return; fi
+        sleep "$poll"
+    done
+    say "NOT DELETED, and costs; by hand: launch/tpu.sh delete $name --zone $zone" >&2
 }
 
 self() { # VERB [COMMAND]
@@ -151,15 +214,16 @@ logs_of() {
         everywhere "tail -n 30 $dir/$name/log"
         return
     fi
-    local node i count
+    local node i count failed=0
     run mkdir -p "$save"
     for node in "${nodes[@]}"; do
         count=1
         [ "$dry_run" ] || count=$("${vm[@]}" describe "$node" "${place[@]}" --format='value(networkEndpoints.len())')
         for ((i = 0; i < count; i++)); do
-            run "${vm[@]}" scp "$node:$dir/$name/log" "$save/$node-$i.log" "${place[@]}" "--worker=$i"
+            run "${vm[@]}" scp "$node:$dir/$name/log" "$save/$node-$i.log" "${place[@]}" "--worker=$i" || failed=1
         done
     done
+    return "$failed"
 }
 
 case $verb in
@@ -174,7 +238,12 @@ case $verb in
     logs) logs_of ;;
     keep)
         [ $# -gt 0 ] || die "keep: give the command to run"
-        if [ "$dry_run" ]; then create; setup; start "$@"; delete; else keep "$@"; fi
+        if [ "$dry_run" ]; then
+            create; setup; start "$@"; delete
+        else
+            (dry_run=yes; create) >/dev/null # its options are checked before anything is asked for
+            keep "$@"
+        fi
         ;;
     *) die "$verb: no such verb; create, setup, run, status, stop, logs, delete or keep" ;;
 esac

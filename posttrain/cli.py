@@ -56,10 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"posttrain: {command!r} is no command; {hint}", file=sys.stderr)
         raise SystemExit(2)
     from posttrain.errors import UserError
+    from posttrain.parallel.ending import note_failure
 
     _set_up_environment()
+    failed = True
     try:
         code = HANDLERS[command](rest)
+        failed = False
     except UserError as error:
         print(f"posttrain {command}: {error}", file=sys.stderr)
         code = 2
@@ -68,6 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # whoever read the output has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
+    if failed:
+        note_failure(code)
     raise SystemExit(code)
 
 

@@ -1,9 +1,13 @@
 """Which implementation of attention a run uses: by the platform, unless the config names one, and only where it can
 honour the model's mask. `experiment.py` asks when it has read the model's config and made the mesh."""
 
+import logging
+
 from posttrain.errors import UserError
 from posttrain.models.architecture import DecoderConfig
 from posttrain.models.attention import SPLASH_BLOCK
+
+logger = logging.getLogger(__name__)
 
 AUTO = {"tpu": "splash", "gpu": "triton"}
 """What each platform gets unless the config says otherwise; all others get `chunked`."""
@@ -24,6 +28,7 @@ def choose_attention(name: str, platform: str, config: DecoderConfig | None = No
         )
     lacks = unserved_by_triton(config, context) if chosen == "triton" and config is not None else []
     if lacks and name == "auto":
+        logger.info(f"attention is chunked: the kernel for GPUs has no {', no '.join(lacks)}")
         return "chunked"
     if lacks:
         raise UserError(f"model.attention = triton: it has no {', no '.join(lacks)}; use auto or chunked")

@@ -114,6 +114,16 @@ def _nearest_sizes(sizes: Mapping[str, int], device_count: int) -> str:
     return f"the nearest that works is mesh.{name} = {size}"
 
 
+def slice_count(devices: Sequence[Any]) -> int:
+    """In how many slices of TPUs these devices are. Others name a slice too: their host, or the hosts that one NVLink
+    network joins; between those any axis may run, and they count as one."""
+    return len({_slice_index(device) for device in devices}) if devices[0].platform == "tpu" else 1
+
+
+def _slice_index(device: Any) -> int:
+    return getattr(device, "slice_index", 0)
+
+
 def make_mesh(
     config: MeshConfig,
     devices: Sequence[Any] | None = None,
@@ -124,17 +134,21 @@ def make_mesh(
     """A mesh with all six axes (most of size 1) over all devices of all processes, or over these.
 
     Where the devices are in several slices, `replica` runs across them first: what it moves goes over the network
-    between slices. `rows` and `row_length` are what a config that says nothing is decided by (`resolve_sizes`). Raises
-    `UserError` where there is no such mesh.
+    between slices. Other devices than TPUs are taken host by host, so that the last axes stay within one. `rows` and
+    `row_length` are what a config that says nothing is decided by (`resolve_sizes`). Raises `UserError` where there is
+    no such mesh.
     """
     devices = jax.devices() if devices is None else devices
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    slices = slice_count(devices)
     sizes = resolve_sizes(config, len(devices), slices=slices, rows=rows, row_length=row_length)
     shape = tuple(sizes[name] for name in AXES)
     types = (AxisType.Auto,) * len(AXES)
     if slices == 1 and devices[0].device_kind == "TPU v4" and any(device.core_on_chip for device in devices):
         # Described ahead of time a chip is two devices, for which JAX has no layout: in their own order.
         return Mesh(np.array(devices).reshape(shape), AXES, axis_types=types)
+    if devices[0].platform != "tpu":  # `jax.make_mesh` refuses those of several hosts
+        placed = sorted(devices, key=lambda device: (_slice_index(device), device.id))
+        return Mesh(np.array(placed).reshape(shape), AXES, axis_types=types)
     if slices == 1:
         try:
             return jax.make_mesh(shape, AXES, devices=devices, axis_types=types)

@@ -25,9 +25,12 @@ from jax._src.clusters import cloud_tpu_cluster, ompi_cluster, slurm_cluster
 
 from posttrain.config import MeshConfig
 from posttrain.errors import UserErrors
-from posttrain.parallel.mesh import axis_sizes
+from posttrain.parallel.ending import end_alone_after_failures
+from posttrain.parallel.mesh import axis_sizes, slice_count
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+PORT, OWN_DEVICES = "JAX_COORDINATOR_PORT", "JAX_LOCAL_DEVICE_IDS"
+"""Read by JAX: process 0's port where the environment tells its host alone; the GPUs of this process."""
 TIMEOUT = "POSTTRAIN_PEER_TIMEOUT"
 """Seconds that a process waits for the others to come; 600 unless set."""
 NO_PEERS = 75
@@ -74,6 +77,10 @@ def find_peers() -> Peers | None:
     address = os.environ.get(ADDRESS, "")
     if address and not re.fullmatch(r".+:\d+", address):
         problems.append(f"{ADDRESS} = {address!r}: give host:port, a port that is free on the host of process 0")
+    _number(PORT, problems, low=1)
+    own = os.environ.get(OWN_DEVICES, "")
+    if own and not re.fullmatch(r"\d+(,\d+)*", own):
+        problems.append(f"{OWN_DEVICES} = {own!r}: give the numbers of this process's GPUs, like 0,1")
     peers = None
     if count != 1 and not (count and index is not None and address):  # three variables need nobody else's word
         peers = next((found for tell in ENVIRONMENTS if (found := tell(problems)) is not None), None)
@@ -156,7 +163,7 @@ def _open_mpi(problems: list[str]) -> Peers | None:
     here = _number("OMPI_COMM_WORLD_LOCAL_SIZE", problems) or rank + 1
     cluster, address = ompi_cluster.OmpiCluster, ""
     if cluster.is_env_present():
-        address = cluster.get_coordinator_address(None, os.environ.get("JAX_COORDINATOR_PORT"))
+        address = cluster.get_coordinator_address(None, os.environ.get(PORT))
     return Peers("Open MPI", count, index, address, _own_gpus(rank, here, problems))
 
 
@@ -176,7 +183,7 @@ def _slurm(problems: list[str]) -> Peers | None:
     index, rank = (_needed(name, why, problems) for name in ("SLURM_PROCID", "SLURM_LOCALID"))
     if problems:
         return None
-    address = slurm_cluster.SlurmCluster.get_coordinator_address(None, os.environ.get("JAX_COORDINATOR_PORT"))
+    address = slurm_cluster.SlurmCluster.get_coordinator_address(None, os.environ.get(PORT))
     return Peers("SLURM", count, index, address, _own_gpus(rank, _slurm_tasks_here(count, problems), problems))
 
 
@@ -246,7 +253,7 @@ def _on_tpu() -> bool:
 
 def _tpu_coordinator(host: str) -> str:
     """JAX's port, not that of whatever else the host serves."""
-    return f"{host.split(':')[0]}:{os.environ.get('JAX_COORDINATOR_PORT', cloud_tpu_cluster.coordinator_port)}"
+    return f"{host.split(':')[0]}:{os.environ.get(PORT, cloud_tpu_cluster.coordinator_port)}"
 
 
 def _own_gpus(rank: int, here: int, problems: list[str]) -> tuple[int, ...] | None:
@@ -254,7 +261,7 @@ def _own_gpus(rank: int, here: int, problems: list[str]) -> tuple[int, ...] | No
 
     None where each sees its own alone, or where it is the only one and takes all (JAX by itself would take just one).
     """
-    if here < 2 or os.environ.get("JAX_LOCAL_DEVICE_IDS"):
+    if here < 2 or os.environ.get(OWN_DEVICES):
         return None
     visible = next((value for name in _VISIBLE if (value := os.environ.get(name)) is not None), None)
     seen = _number("SLURM_GPUS_ON_NODE", problems) if visible is None else len(visible.split(",")) if visible else 0
@@ -265,7 +272,7 @@ def _own_gpus(rank: int, here: int, problems: list[str]) -> tuple[int, ...] | No
     if seen % here:
         problems.append(
             f"{here} processes on this host see {seen} GPUs, which cannot be shared evenly: "
-            f"start 1 process, {seen}, or another number that divides {seen}; or set JAX_LOCAL_DEVICE_IDS for each"
+            f"start 1 process, {seen}, or another number that divides {seen}; or set {OWN_DEVICES} for each"
         )
         return None
     share = seen // here
@@ -302,9 +309,10 @@ def _join(peers: Peers, seconds: int) -> None:
     )
     reminder.cancel()
     limit.cancel()
+    end_alone_after_failures()
     joined = time.monotonic() - begin
     devices = jax.devices()
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    slices = slice_count(devices)
     logger.info(
         f"process {peers.index} of {peers.count} ({peers.found}) joined {peers.coordinator} in {joined:.1f} s: "
         f"{jax.local_device_count()} of {len(devices)} devices ({devices[0].device_kind})"

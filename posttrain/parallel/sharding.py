@@ -94,7 +94,8 @@ def idle_axes(dims: Iterable[tuple[str | None, int]], mesh: Mesh) -> list[str]:
     for axis in ("tensor", "expert"):
         count, found = mesh.shape[axis], sizes.get(axis, {})
         if count > 1 and found and not any(size % count == 0 for size in found.values()):
-            nearest = min((nearest_divisor(size, count) for size in found.values()), key=lambda d: abs(d - count))
+            divisors = [nearest_divisor(math.gcd(size, mesh.size), count) for size in found.values()]
+            nearest = min(divisors, key=lambda d: abs(d - count))
             named = ", ".join(f"{name} {size}" for name, size in found.items())
             problems.append(f"mesh.{axis} = {count}: divides none of {named}; the nearest that works is {nearest}")
     return problems

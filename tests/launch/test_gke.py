@@ -1,6 +1,7 @@
 """The JobSet that launch/gke.sh applies: valid by the schemas of JobSet and Kubernetes, and meaning what it should."""
 
 import json
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -19,7 +20,7 @@ COMMAND = [
     "--run.dir",
     "gs://bucket/run",
     "--objective.name",
-    'a "b" \\c & @NAME@',
+    'a "b" \\c & @NAME@\nd',
 ]
 
 
@@ -30,7 +31,7 @@ def gke(*words: str) -> subprocess.CompletedProcess[str]:
 def jobset(*options: str, topology: str = "v6e:4x4") -> dict[str, Any]:
     done = gke("run", "my-run", "--topology", topology, "--image", "img:1", *options, "--dry-run", *COMMAND)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("# kubectl apply --filename=-\n")
+    assert done.stdout.endswith("# kubectl create --filename=-\n")
     return yaml.safe_load(done.stdout)
 
 
@@ -39,7 +40,7 @@ def job(manifest: dict[str, Any]) -> dict[str, Any]:
     return replicated["template"]["spec"]
 
 
-EVERYTHING = ("--slices", "2", "--spot", "--queue", "q", "--account", "ksa", "--restarts", "7", "--grace", "60")
+EVERYTHING = ("--slices", "2", "--spot", "--queue", "q", "--restarts", "7", "--grace", "60")
 
 
 @pytest.mark.parametrize("options", [(), EVERYTHING], ids=["one slice", "everything"])
@@ -145,17 +146,53 @@ def test_the_other_verbs_say_what_they_would_run() -> None:
     )
     assert pools.stdout.splitlines() == [
         f"gcloud container node-pools create run-{i} --cluster=c --location=us-east5 --node-locations=us-east5-a "
-        "--machine-type=ct6e-standard-4t --num-nodes=4 --tpu-topology=4x4 --spot"
+        "--machine-type=ct6e-standard-4t --num-nodes=4 --tpu-topology=4x4 --spot --scopes=cloud-platform"
         for i in (0, 1)
     ]
-    assert gke("stop", "run", "--dry-run").stdout == "kubectl delete jobset run\n"
+    assert gke("stop", "run", "--dry-run").stdout == "kubectl delete jobset run --cascade=foreground\n"
     selector = "--selector=jobset.sigs.k8s.io/jobset-name=run"
     assert (
         gke("logs", "run", "--dry-run").stdout == f"kubectl logs {selector} --prefix --tail=20 --max-log-requests=100\n"
     )
     saved = gke("logs", "run", "--save", "d", "--dry-run").stdout
     assert saved == "mkdir -p d\nkubectl logs pod/POD >d/POD.log\n"
-    assert gke("status", "run", "--dry-run").stdout == f"kubectl get jobsets\\,jobs\\,pods {selector} --output=wide\n"
+    status = gke("status", "run", "--dry-run").stdout
+    assert status == f"kubectl get jobset run\nkubectl get jobs\\,pods {selector} --output=wide\n"
+
+
+def test_slices_of_tpu7x_are_placed_by_a_policy() -> None:
+    where = ("--cluster", "c", "--location", "us-east5-a", "--zone", "us-east5-a", "--account", "me@p.iam", "--dry-run")
+    policy, pool = gke("pools", "r", "--topology", "tpu7x:2x2x2", *where).stdout.splitlines()
+    assert policy == (
+        "gcloud compute resource-policies create workload-policy r --type=HIGH_THROUGHPUT "
+        "--accelerator-topology=2x2x2 --region=us-east5"
+    )
+    assert pool.endswith(
+        "--machine-type=tpu7x-standard-4t --num-nodes=2 --tpu-topology=2x2x2 --placement-policy=r "
+        "--scopes=cloud-platform --service-account=me@p.iam"
+    )
+    (pool,) = gke("pools", "r", "--topology", "tpu7x:2x2x1", *where).stdout.splitlines()
+    assert "--num-nodes=1 --scopes" in pool
+
+
+KUBECTL = """#!/usr/bin/env bash
+case "$*" in
+    "get pods "*) printf 'pod/a\\npod/b\\npod/c\\n' ;;
+    "logs pod/b") echo 'container "posttrain" is waiting to start' >&2; exit 1 ;;
+    "logs "*) echo "$2 says" ;;
+    "create "*) echo 'Error from server (AlreadyExists): jobsets "x" already exists' >&2; exit 1 ;;
+esac
+"""
+
+
+def test_with_a_stand_in_for_kubectl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "kubectl").write_text(KUBECTL)
+    (tmp_path / "kubectl").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    saved = gke("logs", "x", "--save", str(tmp_path / "d"))  # one pod has no log yet
+    assert saved.returncode == 1 and (tmp_path / "d/c.log").read_text() == "pod/c says\n"
+    again = gke("run", "x", "--topology", "v6e:4x4", "--image", "i", "c")
+    assert again.returncode == 2 and "launch/gke.sh stop x" in again.stderr
 
 
 @pytest.mark.parametrize(
@@ -168,9 +205,11 @@ def test_the_other_verbs_say_what_they_would_run() -> None:
         (("run", "x", "--topology", "v6e:4x4", "--slices", "two", "--image", "i", "c"), "--slices 'two'"),
         (("run", "X_1", "--topology", "v6e:4x4", "--image", "i", "c"), "NAME 'X_1'"),
         (("run", "x", "--topolgy", "v6e:4x4", "c"), "--topolgy: no such option"),
+        (("run", "x", "--topology", "v6e:0x4", "--image", "i", "c"), "--topology 'v6e:0x4': give a chip and its shape"),
+        (("run", "x", "--topology"), "--topology: give a value"),
         (("walk", "x"), "walk: no such verb"),
     ],
 )
 def test_wrong_options_are_refused(words: tuple[str, ...], said: str) -> None:
-    done = gke(*words, *(() if words[0] == "walk" else ("--dry-run",)))
+    done = gke(*words, *(() if words[-1] in ("x", "--topology") else ("--dry-run",)))
     assert done.returncode == 2 and said in done.stderr and done.stdout == ""

@@ -94,6 +94,8 @@ def test_a_run_on_two_slices_step_by_step() -> None:
         (("create", "r", "--zone", "z", "--topology", "tpu7x:2x2x1"), "through GKE only: launch/gke.sh"),
         (("run", "r", "--zone", "z"), "run: give the command to run"),
         (("run", "r", "--zone", "z", "--slice", "2", "c"), "--slice: no such option"),
+        (("run", "r", "--zone"), "--zone: give a value"),
+        (("run", "r 1", "--zone", "z", "c"), "NAME 'r 1': small letters"),
     ],
 )
 def test_wrong_options_are_refused(words: tuple[str, ...], said: str) -> None:
@@ -101,44 +103,95 @@ def test_wrong_options_are_refused(words: tuple[str, ...], said: str) -> None:
 
 
 GCLOUD = """
-# One host in one slice. `lost` makes the slice disappear, as preemption does, once the run has been started.
+# One host in one slice. With the file `lose` the slice disappears, as preemption does, once the run has been started;
+# with `deaf` the service does not answer for a while then; with `full` and `broken` there is no slice, or no package.
 echo "$*" >> "$HERE/said"
 case "$*" in
-    *"queued-resources create"*) touch "$HERE/slice"; rm -rf "$HERE/host"; mkdir "$HERE/host" ;;
-    *"queued-resources describe"*) [ -f "$HERE/slice" ] || exit 1; cat "$HERE/state" 2>/dev/null || echo ACTIVE ;;
+    *"queued-resources create"*)
+        if [ -f "$HERE/full" ]; then echo "ERROR: quota" >&2; exit 1; fi
+        touch "$HERE/slice"; rm -rf "$HERE/host"; mkdir "$HERE/host" ;;
+    *"queued-resources describe"*)
+        if [ ! -f "$HERE/slice" ]; then echo "ERROR: (gcloud...describe) NOT_FOUND: Resource 'r'" >&2; exit 1; fi
+        cat "$HERE/state" 2>/dev/null || echo ACTIVE ;;
     *"queued-resources delete"*) rm -f "$HERE/slice" "$HERE/state" ;;
-    *"tpu-vm describe"*) echo READY ;;
+    *"tpu-vm describe"*)
+        if [ "$(cat "$HERE/unheard" 2>/dev/null)" ]; then
+            sed -i '$d' "$HERE/unheard"
+            echo "ERROR: UNAVAILABLE" >&2
+            exit 1
+        fi
+        echo READY ;;
     *"tpu-vm scp"*) mkdir -p "$HERE/host/posttrain-runs"; cp "$SUPERVISE" "$HERE/host/posttrain-runs/" ;;
     *"tpu-vm ssh"*)
         command=${*: -1}
-        case $command in *"pip install"*) exit 0 ;; esac
+        case $command in
+            *"pip install"*)
+                if [ -f "$HERE/broken" ]; then exit 1; fi
+                mkdir "$HERE/host/posttrain-runs/env"; touch "$HERE/host/posttrain-runs/env/ready"; exit 0 ;;
+        esac
         cd "$HERE/host" && bash -c "${command#--command=}"
         status=$?
         case $command in
-            *--detach*) if [ -f "$HERE/lose" ]; then rm "$HERE/lose"; echo SUSPENDED > "$HERE/state"; fi ;;
+            *--detach*)
+                if [ -f "$HERE/lose" ]; then rm "$HERE/lose"; echo SUSPENDED > "$HERE/state"; fi
+                if [ -f "$HERE/deaf" ]; then printf '1\\n2\\n3\\n4\\n' > "$HERE/unheard"; fi ;;
         esac
         exit $status ;;
 esac
 """
 
 
+def keep(here: Path, trouble: str, code: int = 0, poll: str = "0.2") -> tuple[list[str], list[str]]:
+    """What `tpu.sh keep` printed and what it said to gcloud, with a run that ends with this code."""
+    stand_in(here, "gcloud", GCLOUD)
+    stand_in(here, "python3", "exit 0")  # pip wheel
+    stand_in(here, "posttrain", f"sleep 0.3; exit {code}")
+    (here / trouble).touch()
+    words = ("keep", "r", "--zone", "z", "--topology", "v5e:4x4", "--poll", poll, "posttrain", "train", "c")
+    env = {"HERE": str(here), "SUPERVISE": str(LAUNCH / "supervise.sh"), "PATH": path(here)}
+    lines = run("tpu.sh", *words, code=1 if trouble in ("full", "broken") else code, **env)
+    return lines, (here / "said").read_text().splitlines()
+
+
 @pytest.mark.parametrize(("code", "creations"), [(0, 2), (2, 2)])
 def test_keep_asks_for_a_new_slice_and_ends_with_the_run(tmp_path: Path, code: int, creations: int) -> None:
     """The slice is lost after the first start; on the second one the run ends, and the slice is given back."""
-    stand_in(tmp_path, "gcloud", GCLOUD)
-    stand_in(tmp_path, "python3", "exit 0")  # pip wheel
-    stand_in(tmp_path, "posttrain", f"sleep 0.3; exit {code}")
-    (tmp_path / "lose").touch()
-    words = ("keep", "r", "--zone", "z", "--topology", "v5e:4x4", "--poll", "0.2", "posttrain", "train", "c")
-    env = {"HERE": str(tmp_path), "SUPERVISE": str(LAUNCH / "supervise.sh"), "PATH": path(tmp_path)}
-    lines = run("tpu.sh", *words, code=code, **env)
-    said = (tmp_path / "said").read_text().splitlines()
+    lines, said = keep(tmp_path, "lose", code)
     assert sum("queued-resources create" in line for line in said) == creations
     assert sum("--detach" in line for line in said) == 2
     assert "queued-resources delete r" in said[-1] and not (tmp_path / "slice").exists()
     if code == 0:
         states = [line.split(" ", 1)[1] for line in lines if line.startswith("20")]
         assert states == ["r: none", "r: up", "r: lost", "r: none", "r: up", "r: ended with code 0"]
+
+
+def test_keep_does_not_give_up_slices_of_which_nothing_is_heard(tmp_path: Path) -> None:
+    lines, said = keep(tmp_path, "deaf")
+    states = [line.split(" ", 1)[1] for line in lines if line.startswith("20")]
+    assert states == ["r: none", "r: up", "r: unknown", "r: up", "r: ended with code 0"]
+    assert sum("queued-resources create" in line for line in said) == 1
+
+
+@pytest.mark.parametrize(("trouble", "creations", "deletions"), [("full", 10, 0), ("broken", 1, 1)])
+def test_keep_gives_up_where_the_run_cannot_be_started(
+    tmp_path: Path, trouble: str, creations: int, deletions: int
+) -> None:
+    """No quota, or a package that cannot be installed: slices that stand idle cost as much as others."""
+    _, said = keep(tmp_path, trouble, poll="0.01")
+    assert sum("queued-resources create" in line for line in said) == creations
+    assert sum("queued-resources delete" in line for line in said) == deletions
+    assert not (tmp_path / "slice").exists() and not any("--detach" in line for line in said)
+
+
+def test_keep_ends_where_the_service_never_answers(tmp_path: Path) -> None:
+    stand_in(tmp_path, "gcloud", 'echo "ERROR: no project" >&2; exit 1')
+    words = ("keep", "r", "--zone", "z", "--topology", "v5e:4x4", "--poll", "0.01", "c")
+    assert "ERROR: no project" in run("tpu.sh", *words, code=1, PATH=path(tmp_path))
+
+
+def test_keep_ends_at_once_with_wrong_options() -> None:
+    missing = run("tpu.sh", "keep", "r", "--zone", "z", "c", code=2)
+    assert missing[-1].endswith("--topology: give a chip and its shape as for posttrain plan, like v5p:4x4x4")
 
 
 # --- Plain hosts ------------------------------------------------------------------------------------------------------
@@ -151,6 +204,7 @@ def test_every_host_gets_its_number() -> None:
     peers = "JAX_COORDINATOR_ADDRESS=a:8476 JAX_NUM_PROCESSES=2 JAX_PROCESS_ID"
     supervised = "launch/supervise.sh --detach --dir runs/mine.process posttrain train c"
     assert [words[4] for words in commands] == [f"cd /p && env {peers}={i} {supervised}" for i in (0, 1)]
+    assert run("hosts.sh", "run", "mine", "--hosts", "a,,b", "c", code=2)[0].endswith("name the hosts, like a,b,c")
     stop = run("hosts.sh", "stop", "mine", "--hosts", "a", "--dir", "/p", "--dry-run")
     assert shlex.split(stop[0])[4] == "cd /p && launch/supervise.sh --stop runs/mine.process"
 
@@ -172,13 +226,23 @@ def test_hosts_that_are_reached_by_a_stand_in_for_ssh(tmp_path: Path) -> None:
     assert logs == ["--- process 0, a", "process 0 of 2", "--- process 1, b", "process 1 of 2"]
 
 
+def test_a_host_that_does_not_answer_does_not_keep_the_others_waiting(tmp_path: Path) -> None:
+    stand_in(tmp_path, "ssh", 'echo "$3: $4" >> "$HERE/said"; [ "$3" != a ]')
+    env = {"HERE": str(tmp_path), "PATH": path(tmp_path)}
+    for verb in ("run", "status", "logs", "stop"):
+        run("hosts.sh", verb, "mine", "--hosts", "a,b", *(["posttrain"] if verb == "run" else []), code=1, **env)
+    said = [line.split(":")[0] for line in (tmp_path / "said").read_text().splitlines()]
+    assert said == ["a", "b"] * 4
+
+
 # --- SLURM ------------------------------------------------------------------------------------------------------------
 
 
 def slurm(here: Path, state: str, srun: str, code: int, **env: str) -> list[str]:
-    """What was asked of scontrol, in a job whose srun does this."""
+    """What was asked of scancel and scontrol, in a job whose srun does this."""
     stand_in(here, "srun", srun)
     stand_in(here, "squeue", f"echo {state}")
+    stand_in(here, "scancel", 'echo "scancel $*" >> "$HERE/asked"; touch "$HERE/told"')
     stand_in(here, "scontrol", 'echo "$*" >> "$HERE/asked"')
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_SUBMIT_DIR": str(ROOT), "HERE": str(here)}
     environment = os.environ | job | env | {"PATH": path(here)}
@@ -194,19 +258,29 @@ def slurm(here: Path, state: str, srun: str, code: int, **env: str) -> list[str]
     return (here / "asked").read_text().splitlines() if (here / "asked").exists() else []
 
 
-SAVES = 'trap "exit 143" TERM; touch "$HERE/waits"; while :; do sleep 0.05; done  # wait for the signal'
+SAVES = """
+trap 'exit 137' TERM  # as srun does: "forcing job termination" kills the tasks
+touch "$HERE/waits"
+while [ ! -e "$HERE/told" ]; do sleep 0.05; done
+exit 143
+"""
+TOLD = "scancel --signal=TERM 7"
 
 
 def test_a_job_that_saved_goes_back_into_the_queue(tmp_path: Path) -> None:
-    assert slurm(tmp_path, "RUNNING", SAVES, 143) == ["requeue 7"]
+    assert slurm(tmp_path, "RUNNING", SAVES, 143) == [TOLD, "requeue 7"]
+
+
+def test_a_job_that_is_told_to_stop_between_two_tries_goes_back_too(tmp_path: Path) -> None:
+    assert slurm(tmp_path, "RUNNING", 'touch "$HERE/waits"; exit 1', 1) == ["requeue 7"]
 
 
 def test_a_cancelled_job_does_not_come_back(tmp_path: Path) -> None:
-    assert slurm(tmp_path, "COMPLETING", SAVES, 143) == []
+    assert slurm(tmp_path, "COMPLETING", SAVES, 143) == [TOLD]
 
 
 def test_requeues_are_bounded(tmp_path: Path) -> None:
-    assert slurm(tmp_path, "RUNNING", SAVES, 143, SLURM_RESTART_COUNT="3", POSTTRAIN_REQUEUES="3") == []
+    assert slurm(tmp_path, "RUNNING", SAVES, 143, SLURM_RESTART_COUNT="3", POSTTRAIN_REQUEUES="3") == [TOLD]
 
 
 @pytest.mark.parametrize("code", [0, 2])
@@ -214,10 +288,15 @@ def test_a_job_that_ended_by_itself_stays_ended(tmp_path: Path, code: int) -> No
     assert slurm(tmp_path, "RUNNING", f"exit {code}", code) == []
 
 
+def test_a_job_submitted_from_elsewhere_is_refused(tmp_path: Path) -> None:
+    (said,) = run("slurm.sh", "c", code=2, SLURM_SUBMIT_DIR=str(tmp_path))
+    assert said == f"slurm.sh: {tmp_path} has no launch/: submit from the repository's root"
+
+
 def test_the_step_of_a_job() -> None:
     step, requeue = run("slurm.sh", "--dry-run", "posttrain", "train", "c")
     assert step == (
-        "srun --kill-on-bad-exit=0 --cpu-bind=none --open-mode=append --output=posttrain-JOB-process-%t.log "
+        "srun --kill-on-bad-exit=0 --wait=0 --cpu-bind=none --open-mode=append --output=posttrain-JOB-process-%t.log "
         "posttrain train c"
     )
     assert requeue.startswith("scontrol requeue JOB #")

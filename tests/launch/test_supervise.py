@@ -102,6 +102,23 @@ def test_pauses_grow(fake: Callable[..., Path]) -> None:
     assert "failure 1 in a row, starting again in 1 s" in done.stderr and "again in 2 s" in done.stderr
 
 
+@pytest.mark.parametrize("words", [("--failures", "two"), ("--pause", "0.5"), ("--failures", "08")])
+def test_wrong_numbers_are_refused_before_anything_starts(fake: Callable[..., Path], words: tuple[str, str]) -> None:
+    here = fake(1, 0)
+    done = supervise(*words)
+    assert done.returncode == 2 and f"'{words[1]}'" in done.stderr and not (here / "starts").exists()
+    assert subprocess.run([SUPERVISE, "--dir"], capture_output=True).returncode == 2
+
+
+def test_another_process_with_the_old_number_is_not_taken_for_the_run(tmp_path: Path) -> None:
+    """As after a reboot."""
+    (tmp_path / "pid").write_text(f"{os.getpid()}\n")
+    status = subprocess.run([SUPERVISE, "--status", str(tmp_path)], capture_output=True, text=True)
+    assert status.stdout == "gone\n"
+    stop = subprocess.run([SUPERVISE, "--stop", str(tmp_path)], capture_output=True, text=True)
+    assert stop.returncode == 0 and "nothing runs" in stop.stderr
+
+
 def test_a_command_that_does_not_exist_is_not_tried_again() -> None:
     done = subprocess.run([SUPERVISE, "--pause", "0", "no-such-command"], capture_output=True, text=True)
     assert done.returncode == 127 and "not started again" in done.stderr

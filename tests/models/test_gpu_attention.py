@@ -137,7 +137,11 @@ def test_it_is_the_choice_on_gpus_for_models_that_it_can_serve() -> None:
         ({}, 2, r"no rows split over devices \(mesh.context is 2\)"),
     ],
 )
-def test_it_is_not_used_where_it_cannot_honour_the_model(options: dict[str, Any], context: int, said: str) -> None:
-    assert choose_attention("auto", "gpu", config(**options), context) == "chunked"
+def test_it_is_not_used_where_it_cannot_honour_the_model(
+    options: dict[str, Any], context: int, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "posttrain"):
+        assert choose_attention("auto", "gpu", config(**options), context) == "chunked"
+    assert re.search(f"attention is chunked: the kernel for GPUs has {said}", caplog.text)
     with pytest.raises(UserError, match=f"model.attention = triton: it has {said}; use auto or chunked"):
         choose_attention("triton", "gpu", config(**options), context)

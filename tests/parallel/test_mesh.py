@@ -1,6 +1,7 @@
 """Mesh sizes: filled in, or refused with what would work."""
 
 import re
+from dataclasses import dataclass
 
 import pytest
 
@@ -83,3 +84,51 @@ def test_rows_that_can_be_split_are_not() -> None:
 def test_the_mesh_has_all_axes() -> None:
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     assert dict(mesh.shape) == {"replica": 1, "data": 2, "fsdp": 2, "context": 1, "tensor": 2, "expert": 1}
+
+
+@dataclass(frozen=True)
+class Device:
+    """As JAX describes those of several slices."""
+
+    id: int
+    slice_index: int
+    platform: str
+    device_kind: str
+    coords: tuple[int, ...] = ()
+    core_on_chip: int = 0
+    process_index: int = 0
+
+
+SLICES = [
+    Device(8 * part + i, part, "tpu", "TPU v5", (i % 2, i // 2 % 2, i // 4)) for part in range(2) for i in range(8)
+]
+"""Two of v5p:2x2x2."""
+
+
+@pytest.mark.parametrize(
+    "sizes", [{}, {"replica": 2}, {"replica": 4, "fsdp": 2, "tensor": 2}, {"replica": -1, "fsdp": 4}]
+)
+def test_only_replica_runs_between_slices(sizes: dict[str, int]) -> None:
+    mesh = make_mesh(MeshConfig(**sizes), SLICES)
+    half = mesh.shape["replica"] // 2
+    for part, devices in enumerate((mesh.devices[:half], mesh.devices[half:])):
+        assert {device.slice_index for device in devices.flat} == {part}
+    assert sorted(device.id for device in mesh.devices.flat) == list(range(16))
+
+
+@pytest.mark.parametrize("sizes", [{}, {"fsdp": 16}, {"fsdp": 2, "tensor": 8}, {"replica": 4, "tensor": 4, "fsdp": 1}])
+def test_any_axis_runs_between_hosts_of_gpus_the_last_ones_within(sizes: dict[str, int]) -> None:
+    """JAX calls every host of GPUs a slice. Two of them, whose processes came in turns."""
+    devices = [Device(i, i % 2, "gpu", "NVIDIA H100 80GB HBM3") for i in range(16)]
+    mesh = make_mesh(MeshConfig(**sizes), devices)
+    assert {name: size for name, size in mesh.shape.items() if size > 1} == {
+        name: size for name, size in (sizes or {"fsdp": 16}).items() if size > 1
+    }
+    hosts = [device.slice_index for device in mesh.devices.flat]
+    assert hosts == [0] * 8 + [1] * 8 and len(set(mesh.devices.flat)) == 16
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 16}, {"data": 2}, {"replica": 1, "tensor": 2}])
+def test_slices_that_no_replica_joins_are_refused(sizes: dict[str, int]) -> None:
+    with pytest.raises(UserError, match=r"replica = 1: the devices are in 2 slices.*set it to 2, or to a multiple"):
+        make_mesh(MeshConfig(**sizes), SLICES)

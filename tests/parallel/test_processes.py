@@ -120,10 +120,13 @@ def test_half_settings_are_refused_by_name(
 
 def test_all_problems_are_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = {"JAX_COORDINATOR_ADDRESS": "a", "JAX_NUM_PROCESSES": "0", "JAX_PROCESS_ID": "-1"}
+    wrong |= {"JAX_COORDINATOR_PORT": "http", "JAX_LOCAL_DEVICE_IDS": "0;1"}
     text = "\n".join(problems(monkeypatch, wrong))
     assert "JAX_COORDINATOR_ADDRESS = 'a': give host:port" in text
     assert "JAX_NUM_PROCESSES = '0': give a whole number, at least 1" in text
     assert "JAX_PROCESS_ID = '-1': give a whole number, at least 0" in text
+    assert "JAX_COORDINATOR_PORT = 'http': give a whole number, at least 1" in text
+    assert "JAX_LOCAL_DEVICE_IDS = '0;1': give the numbers of this process's GPUs, like 0,1" in text
 
 
 def test_a_number_beyond_the_count_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,10 +297,10 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def start(variables: dict[str, str], *words: str) -> subprocess.Popen[str]:
+def start(variables: dict[str, str], *words: str, script: str = JOIN) -> subprocess.Popen[str]:
     kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS" and not name.startswith(PREFIXES)}
     return subprocess.Popen(
-        [sys.executable, "-c", JOIN, *words],
+        [sys.executable, "-c", script, *words],
         cwd=ROOT,
         env=kept | {"JAX_PLATFORMS": "cpu"} | variables,
         stdout=subprocess.PIPE,
@@ -344,6 +347,40 @@ def test_a_wrong_time_limit_is_refused() -> None:
     with start({"POSTTRAIN_PEER_TIMEOUT": "soon"}) as process:
         _, err = process.communicate(timeout=120)
     assert process.returncode == 1 and "POSTTRAIN_PEER_TIMEOUT = 'soon': give a whole number, at least 1" in err
+
+
+FAIL = """
+import sys
+from posttrain import cli
+from posttrain.config import MeshConfig
+from posttrain.errors import UserError
+from posttrain.parallel.processes import barrier, start_processes
+def handle(words):
+    start_processes(MeshConfig())
+    print("joined", flush=True)
+    if sys.argv[1] == "fail":
+        raise {error}("wrong")
+    barrier("never reached by all")
+cli.HANDLERS["train"] = handle
+cli.main(["train"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("index", "error", "code", "said"),
+    [(1, "UserError", 2, "posttrain train: wrong"), (0, "ValueError", 1, "ValueError: wrong")],
+)
+def test_a_process_that_fails_does_not_wait_for_the_others(index: int, error: str, code: int, said: str) -> None:
+    port = free_port()
+    script = FAIL.replace("{error}", error)
+    started = [start(told(i, 2, port), "fail" if i == index else "wait", script=script) for i in (0, 1)]
+    _, err = started[index].communicate(timeout=60)
+    assert started[index].returncode == code and said in err
+    if index == 0:
+        assert started[1].wait(60) not in (0, 2)
+    for process in started:
+        process.kill()
+        process.communicate()
 
 
 def test_sigterm_outside_training_ends_a_process_at_once() -> None:

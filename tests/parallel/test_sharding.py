@@ -38,9 +38,9 @@ def test_tokens_are_split_into_two_chunks_a_device() -> None:
 def test_an_axis_that_divides_nothing_is_refused() -> None:
     dims = [("layers", 6), ("embed", 64), ("heads", 9), ("kv_heads", 3), ("mlp", 100), ("experts", 6)]
     (problem,) = idle_axes(dims, make_mesh(MeshConfig(tensor=8, fsdp=1)))
-    assert problem == "mesh.tensor = 8: divides none of heads 9, kv_heads 3, mlp 100; the nearest that works is 9"
+    assert problem == "mesh.tensor = 8: divides none of heads 9, kv_heads 3, mlp 100; the nearest that works is 4"
     (problem,) = idle_axes(dims, make_mesh(MeshConfig(expert=4, fsdp=2)))
-    assert problem == "mesh.expert = 4: divides none of experts 6; the nearest that works is 3"
+    assert problem == "mesh.expert = 4: divides none of experts 6; the nearest that works is 2"
     assert idle_axes(dims, make_mesh(MeshConfig(tensor=4, expert=2, fsdp=1))) == []  # mlp 100 is split
     assert idle_axes([("embed", 64)], make_mesh(MeshConfig(expert=4, fsdp=2))) == []  # a model without experts
 
