@@ -233,6 +233,11 @@ def test_an_export_without_checkpoints_is_not_written_over(files: Path, tmp_path
     assert "has an export but no checkpoint" in finish(start(files, tmp_path / "run"), 2)
 
 
+def test_a_profile_that_the_run_s_end_cuts_short_is_written(files: Path, tmp_path: Path) -> None:
+    finish(start(files, tmp_path / "run", "--train.max_steps", "2", "--log.profile_steps", "1", "9"))
+    assert len(list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))) == 1
+
+
 def test_other_data_under_the_same_name_is_refused(files: Path, tmp_path: Path) -> None:
     write_chats(tmp_path / "chats.jsonl", 60)
     overrides = ("--data.train.0.path", str(tmp_path / "chats.jsonl"), "--train.max_steps", "3")

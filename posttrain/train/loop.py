@@ -99,31 +99,10 @@ def run(experiment: Experiment) -> RunResult:
     # --- The model to compare with, if the objective has one; unless online, it is gone before the other comes -------
     attach_reference = with_reference(experiment)
 
-    # --- Where the run stands -------------------------------------------------------------------------------------
     checkpoints = Checkpoints(run_dir, config.checkpoint)
-    start = checkpoints.latest_step()
-    differences = check_resume(run_dir, config, start)
-    barrier("resume checked")
     console = Console(total_steps=last_step, is_main=is_main)
-    for key, old, new in differences:
-        console.note(f"resume: {key} was {old!r}, is {new!r}")
-    if start is None:
-        state, tokens_seen, start, meta = experiment.initial_state(), 0, 0, {}
-        console.note(f"starting at step 0 of {last_step} in {run_dir}")
-        if asked := config.tokenizer.add_special_tokens:
-            console.note(f"new tokens: {experiment.model.new_rows.describe(asked)}")
-        if experiment.model.new_score:
-            console.note(f"the score head is new, so all scores start at 0: {config.model.path} is a language model")
-    else:
-        check_model(run_dir, checkpoints.read_meta(start), experiment.model)
-        state, meta = experiment.restore(checkpoints, start)
-        tokens_seen = int(meta["num_tokens"])
-        if meta["data"] != data.fingerprint:
-            raise UserError(
-                f"{run_dir}: the training data is not what it was at step {start} (other files, rows or tokenizer); "
-                "restore it, or use another run.dir"
-            )
-        console.note(f"resumed at step {start} of {last_step} from {run_dir}")
+    start, state, meta = _where_it_stands(experiment, run_dir, checkpoints, console)
+    tokens_seen = int(meta["num_tokens"])
     if is_main:
         save_config(run_dir, config, experiment.tokenizer.clock if experiment.tokenizer.writes_date else None)
     log = MetricsLog(run_dir, tensorboard=config.log.tensorboard, is_main=is_main, resume_step=start)
@@ -192,12 +171,13 @@ def run(experiment: Experiment) -> RunResult:
     step, pending, stopped_by = start, None, None
     on_cpu = jax.default_backend() == "cpu"
     batches = global_batches(data.train, mesh, experiment.micro_rows, start)
-    with StopRequest(mesh) as stop, console, log, contextlib.closing(checkpoints):
+    profile = _Profile(config.log.profile_steps, run_dir)
+    with StopRequest(mesh) as stop, console, log, profile, contextlib.closing(checkpoints):
         if start == 0 or (is_evaluated(start) and not meta["evaluated"]):
             evaluate(start, state.params)
         for step, (index, batch) in enumerate(batches, start + 1):
             assert train_step is not None and index == step - 1
-            _profile(config.log.profile_steps, step - 1, run_dir)
+            profile.after(step - 1)
             state, logged = train_step(state, attach_reference(state.params, batch))
             if pending is not None:
                 read(*pending)
@@ -228,6 +208,37 @@ def run(experiment: Experiment) -> RunResult:
     return RunResult(step, None if finished else stopped_by, run_dir, export_dir)
 
 
+def _where_it_stands(
+    experiment: Experiment, run_dir: epath.Path, checkpoints: Checkpoints, console: Console
+) -> tuple[int, TrainState, dict[str, Any]]:
+    """(steps done, state, what was saved beside it), from the last checkpoint or from the beginning. Raises `UserError`
+    for a checkpoint of another run."""
+    last_step = experiment.data.train.num_steps
+    start = checkpoints.latest_step()
+    differences = check_resume(run_dir, experiment.config, start)
+    barrier("resume checked")
+    for key, old, new in differences:
+        console.note(f"resume: {key} was {old!r}, is {new!r}")
+    if start is None:
+        state = experiment.initial_state()
+        console.note(f"starting at step 0 of {last_step} in {run_dir}")
+        if asked := experiment.config.tokenizer.add_special_tokens:
+            console.note(f"new tokens: {experiment.model.new_rows.describe(asked)}")
+        if experiment.model.new_score:
+            path = experiment.config.model.path
+            console.note(f"the score head is new, so all scores start at 0: {path} is a language model")
+        return 0, state, {"num_tokens": 0}
+    check_model(run_dir, checkpoints.read_meta(start), experiment.model)
+    state, meta = experiment.restore(checkpoints, start)
+    if meta["data"] != experiment.data.fingerprint:
+        raise UserError(
+            f"{run_dir}: the training data is not what it was at step {start} (other files, rows or tokenizer); "
+            "restore it, or use another run.dir"
+        )
+    console.note(f"resumed at step {start} of {last_step} from {run_dir}")
+    return start, state, meta
+
+
 def export_once(experiment: Experiment, params: Params, directory: epath.Path) -> epath.Path:
     """The directory of a finished run; one that is there already was written whole and is left alone."""
     if not any((directory / name).exists() for name in ("config.json", CONFIG_FILE)):
@@ -254,8 +265,26 @@ def _on_nonfinite(
     console.note(message)
 
 
-def _profile(steps: tuple[int, int] | None, done: int, run_dir: epath.Path) -> None:
-    if steps is not None and done == steps[0]:
-        jax.profiler.start_trace(str(run_dir / "profile"))
-    elif steps is not None and done == steps[1]:
-        jax.profiler.stop_trace()
+class _Profile(contextlib.AbstractContextManager):
+    """A profile of some steps, `(first, last)` by how many were done before; shorter where the run ends earlier."""
+
+    def __init__(self, steps: tuple[int, int] | None, run_dir: epath.Path):
+        self._first, self._last = steps or (None, None)
+        self._directory = run_dir / "profile"
+        self._open = False
+
+    def after(self, done: int) -> None:
+        """Starts or ends it, before the next step."""
+        if done == self._last:
+            self._stop()
+        elif done == self._first:
+            jax.profiler.start_trace(str(self._directory))
+            self._open = True
+
+    def _stop(self) -> None:
+        if self._open:
+            jax.profiler.stop_trace()
+            self._open = False
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
