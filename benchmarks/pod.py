@@ -22,6 +22,7 @@ import yaml
 from rich.console import Console
 
 from posttrain.config import Config, parse_config
+from posttrain.plan.candidates import mesh_text
 from posttrain.plan.compiles import Answer, Compilation, keep_answer, key_of, read_answer, request_of
 from posttrain.plan.markup import Markup, tag
 from posttrain.plan.predict import predict
@@ -117,28 +118,33 @@ def compile_all(cases: Sequence[Case], jobs: int) -> dict[str, Answer]:
     answers: dict[str, Answer] = {}
     waiting, running = list(cases), dict[str, tuple[str, Compilation]]()
     console, started = Console(stderr=True), time.monotonic()
-    with console.status("") as status:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                case = waiting.pop(0)
-                request = request_of(config_of(case), case.topology, case.slices)
-                shapes = (MODELS / case.model / "config.json").read_bytes()
-                key = key_of(request, hashlib.sha256(shapes).hexdigest())
-                kept = read_answer(key)
-                if kept is None:
-                    running[case.name] = key, Compilation(request)
-                else:
-                    answers[case.name] = kept
-            for name, (key, compilation) in list(running.items()):
-                answer = compilation.poll()
-                if answer is not None:
-                    del running[name]
-                    answers[name] = answer
-                    if answer.final:
-                        keep_answer(key, answer)
-                    console.print(f"{name}: {answer.problem or 'compiled'}, {answer.seconds:.0f} s")
-            status.update(f"{', '.join(running)}: {len(answers)} of {len(cases)}, {time.monotonic() - started:.0f} s")
-            time.sleep(0.5 if running else 0)
+    try:
+        with console.status("") as status:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    case = waiting.pop(0)
+                    request = request_of(config_of(case), case.topology, case.slices)
+                    shapes = (MODELS / case.model / "config.json").read_bytes()
+                    key = key_of(request, hashlib.sha256(shapes).hexdigest())
+                    kept = read_answer(key)
+                    if kept is None:
+                        running[case.name] = key, Compilation(request)
+                    else:
+                        answers[case.name] = kept
+                for name, (key, compilation) in list(running.items()):
+                    answer = compilation.poll()
+                    if answer is not None:
+                        del running[name]
+                        answers[name] = answer
+                        if answer.final:
+                            keep_answer(key, answer)
+                        console.print(f"{name}: {answer.problem or 'compiled'}, {answer.seconds:.0f} s")
+                done = f"{len(answers)} of {len(cases)}, {time.monotonic() - started:.0f} s"
+                status.update(f"{', '.join(running)}: {done}")
+                time.sleep(0.5 if running else 0)
+    finally:
+        for _, compilation in running.values():
+            compilation.stop()
     return answers
 
 
@@ -154,7 +160,7 @@ def figures(case: Case, plan: dict[str, Any]) -> dict[str, Any]:
         "topology": case.topology,
         "slices": case.slices,
         "chips": found.chips,
-        "mesh": " x ".join(f"{name} {size}" for name, size in plan["mesh"].items() if size > 1),
+        "mesh": mesh_text(plan["mesh"]),
         "remat": config_of(case).model.remat,
         "rows": plan["work"]["rows"],
         "row_length": plan["work"]["tokens"] // plan["work"]["rows"],
@@ -247,7 +253,9 @@ def write(docs: Path, rows: Sequence[dict[str, Any]], versions: Mapping[str, str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", help="names of cases; nothing is written, the tables are printed")
+    names = [case.name for case in CASES]
+    only = "cases by name; nothing is written, their table is printed"
+    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"{only} ({', '.join(names)})")
     parser.add_argument("--jobs", type=int, default=1, help="compilations at once, about 3 GiB each")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
     options = parser.parse_args()

@@ -313,13 +313,17 @@ def build_step(
     return StepSetup(config, model, loss, optimizer(total_steps=1), accumulation, micro_rows), optimizer
 
 
-def setup_reference(config: Config, model: ModelSetup, tokenizer: Tokenizer) -> ModelSetup:
+def setup_reference(
+    config: Config, model: ModelSetup, tokenizer: Tokenizer | None, mesh: Mesh | None = None
+) -> ModelSetup:
     """The model to compare with, on the same mesh: by default the one that is trained, as it was at the start, and
-    without its adapter."""
+    without its adapter. With a `mesh` as `setup_model` says."""
     chosen = config.reference
     if chosen.path is None:
         return model.base
     path = {"path": chosen.path, "revision": chosen.revision, "lora": LoraConfig()}
-    reference = setup_model(config.model.model_copy(update=path), config.mesh, tokenizer, **mesh_facts(config))
-    hf.check_weights(reference.directory, reference.config)
+    wanted = config.model.model_copy(update=path)
+    reference = setup_model(wanted, config.mesh, tokenizer, mesh=mesh, **mesh_facts(config))
+    if mesh is None:
+        hf.check_weights(reference.directory, reference.config)
     return reference

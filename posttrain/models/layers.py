@@ -3,7 +3,6 @@
 Linear kernels are stored input dims first (`[D, N, H]`), so that a product never transposes them.
 """
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -106,8 +105,7 @@ class Linear(nnx.Module):
         return jnp.where(kept, x / jnp.asarray(keep, x.dtype), jnp.zeros((), x.dtype))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _rms_normed(
+def _rms_normed_primal(
     x: Float32[Array, "B T ..."], scale: Float32[Array, "..."], epsilon: float
 ) -> Float32[Array, "B T ..."]:
     """`x / rms(x) * scale`, the dims of `scale` being the last ones of `x`.
@@ -131,6 +129,7 @@ def _rms_normed_backward(epsilon: float, residuals: tuple[Array, Array], dy: Arr
     return dx, _sum_of_products(dy, normed, tuple(range(x.ndim - scale.ndim, x.ndim)))
 
 
+_rms_normed = jax.custom_vjp(_rms_normed_primal, nondiff_argnums=(2,))
 _rms_normed.defvjp(_rms_normed_forward, _rms_normed_backward)
 
 

@@ -125,6 +125,8 @@ class Static:
     params: int = 0
     optimizer: int = 0
     batch: int = 0
+    host: int = 0
+    """Optimizer state that is kept in the host's memory."""
 
     @property
     def bytes(self) -> int:

@@ -86,6 +86,8 @@ def read_collective(
     """One execution of a collective instruction (`<kind>` or `<kind>-start`), attributed to the axes of `mesh`."""
     kind = instruction.opcode.removesuffix("-start")
     operands = computation.operand_shapes(instruction)
+    if kind == "ragged-all-to-all":  # then the array that it writes into, offsets and sizes
+        operands = computation[instruction.operands[0]].shapes
     groups = device_groups(instruction, module.devices)
     size = max((len(group) for group in groups), default=1)
     payload = total_bytes(operands) * (size if kind == "all-gather" else 1)

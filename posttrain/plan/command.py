@@ -1,6 +1,5 @@
 """`posttrain plan CONFIG [--topology v5p:4x4x4]`: will it fit, how long will it take, what will it cost."""
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -14,12 +13,13 @@ from rich.console import Console
 from posttrain.config import Config
 from posttrain.errors import UserError, UserErrors
 from posttrain.experiment import check_config
+from posttrain.plan.compiles import request_of
 from posttrain.plan.length import RunLength, run_length
 from posttrain.plan.page import write_plan
-from posttrain.plan.predict import CALIBRATION, predict
+from posttrain.plan.predict import plan_data, predict
 from posttrain.plan.search_command import run_search, search_problems
 from posttrain.plan.show import show, show_local, show_sharding
-from posttrain.plan.topology import ENVIRONMENT, check_libtpu, check_topology
+from posttrain.plan.topology import ENVIRONMENT, check_libtpu, check_topology, topology_text
 from posttrain.train.chips import chip_of
 
 
@@ -31,20 +31,22 @@ class PlanOptions:
     """Chips and how they are connected, of one slice: v5e:4x4, v6e:4x4, v5p:2x2x2, v4:2x2x4, tpu7x:2x2x1. Without
     it: the devices that are here, as training would take them; memory and work, no time."""
     slices: int = 1
-    """How many such slices; between them runs mesh.replica."""
+    """How many such slices; between them runs mesh.replica, over the network of the hosts (DCN)."""
     tokens: float | None = None
     """Tokens to train on in all, for hours and cost, in rows that are full; default: what the data make, if they are
     there."""
     price: float | None = None
-    """Of a chip hour, in any currency."""
+    """Of a chip hour, in any currency: tells the cost of the run, whose length --tokens or the data give."""
     sharding: bool = False
     """Also every parameter: over which axes it is split, and its bytes a device."""
     json: bool = False
-    """One JSON object on standard output instead of tables."""
+    """One JSON object on standard output instead of tables: all that these say, and every parameter, kernel, loop and
+    collective of the program."""
     html: str | None = None
     """Also write it as a page to this file (any path that epath opens)."""
     search: bool = False
-    """Try meshes, remat policies, micro-batches and collective matmul, and rank what fits by predicted step time."""
+    """Try meshes, remat policies, micro-batches and collective matmul, and rank what fits by predicted step time. Takes
+    minutes for each that is compiled; what was compiled is kept, so that a search that was stopped goes on."""
     rows_per_device: str = ""
     """Of a search: try global batches of so many rows a device, such as 1,2,4, instead of train.global_batch_size."""
     jobs: int | None = None
@@ -70,17 +72,17 @@ def plan(config: Config, options: PlanOptions) -> None:
     chip = chip_of(compiled["device_kind"])
     if chip is None:
         raise UserError(f"--topology {options.topology}: no published peaks are known for {compiled['device_kind']}")
-    tokens = options.tokens if length is None else length.steps * compiled["work"]["tokens"]
-    found = predict(compiled, chip, tokens=tokens, price=options.price)
-    told = {"length": None if length is None else dataclasses.asdict(length), "calibration": CALIBRATION}
-    data = {**compiled, "chip": chip.name, "prediction": dataclasses.asdict(found), **told}
+    tokens = options.tokens if length is None else float(length.steps * compiled["work"]["tokens"])
+    epoch = None if length is None else length.epoch_steps
+    found = predict(compiled, chip, tokens=tokens, price=options.price, epoch_steps=epoch)
+    data = plan_data(compiled, chip, found, topology=options.topology, slices=options.slices, length=length)
+    title = topology_text(options.topology, options.slices)
     if options.html is not None:
-        write_plan(data, options.html, name=config.model.path, topology=options.topology)
+        write_plan(data, options.html, name=config.model.path, title=title)
     if options.json:
         print(json.dumps(data))
         return
-    title = f"{options.topology}, {options.slices} slices" if options.slices > 1 else options.topology
-    show(compiled, found, title, chip.device.hbm_bytes, length=length, missing=missing)
+    show(data, found, title, chip.device.hbm_bytes, length=length, missing=missing)
     if options.sharding:
         show_sharding(compiled)
 
@@ -132,7 +134,7 @@ def _length(config: Config, options: PlanOptions) -> tuple[RunLength | None, str
 def compile_in_worker(config: Config, topology: str, slices: int) -> dict[str, Any]:
     """What `worker.compile_plan` says, computed in a process of its own; without a topology, of the devices that are
     here. Raises `UserErrors` with its problems."""
-    request = {"config": config.model_dump(mode="json"), "topology": topology, "slices": slices}
+    request = request_of(config, topology, slices)
     what = f"compiling the train step for {topology or 'the devices that are here'}"
     console, started = Console(stderr=True), time.monotonic()
     with console.status(what) as status:

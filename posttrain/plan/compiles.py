@@ -101,7 +101,7 @@ class Answer:
         """Whether asking again would answer the same."""
         return self.plan is not None or self.too_large
 
-    def needed(self, state: float) -> float | None:
+    def needed(self, state: int) -> float | None:
         """Bytes that a program that is too large would need, if the compiler tells; `state` is what is there before the
         step begins, which some of its messages leave out."""
         found = _USED.search(self.problem)

@@ -1,9 +1,10 @@
 """A guess of what a candidate takes before it is compiled, corrected by those that are: in which order to search.
 
-The guess is arithmetic: products at peak, collectives over published bandwidth, what the backward pass needs kept. It
-is some tens of percent off, mostly by the same factor for candidates that are alike. So the logarithm of truth over
-guess is fitted by a linear model of what the candidates set (Bayesian, normal prior and noise; Bishop 2006, section
-3.3), which also says how unsure it is. Guesses order the search and end it; they are never shown as predictions.
+The guess is arithmetic: products at peak, collectives and transfers to the host over published bandwidth, what the
+backward pass needs kept. It is some tens of percent off, mostly by the same factor for candidates that are alike. So
+the logarithm of truth over guess is fitted by a linear model of what the candidates set (Bayesian, normal prior and
+noise; Bishop 2006, section 3.3), which also says how unsure it is. Guesses order the search and end it; they are never
+shown as predictions.
 """
 
 import math
@@ -15,6 +16,7 @@ from jaxtyping import Float
 
 from posttrain.parallel.sharding import MESH_AXES
 from posttrain.plan.candidates import KEPT, Candidate, Facts, Static
+from posttrain.plan.predict import host_bandwidth
 from posttrain.train.chips import Chip
 
 RECOMPUTED = {"full": 1.0, "offload": 1.0, "dots": 0.7, "minimal": 0.7, "none": 0.8}
@@ -24,16 +26,25 @@ PRIOR_COMMON, PRIOR, NOISE = 0.5, 0.12, 0.02
 """Standard deviations of logarithms: of what all candidates share, of each setting's part, of what no setting tells."""
 
 
-def guess_seconds(candidate: Candidate, facts: Facts, chip: Chip) -> float:
+def guess_seconds(static: Static, facts: Facts, chip: Chip) -> float:
     """Of a step per token of the global batch: the middle between all overlapped and nothing overlapped."""
+    candidate = static.candidate
     device, sizes = chip.device, candidate.sizes
     tokens = candidate.rows * facts.row_length
     compute = tokens * facts.flops_per_token * (1 + RECOMPUTED.get(candidate.remat, 1.0) / 3) / facts.devices
     wire = _ici_bytes(candidate, facts) / device.ici_bandwidth
     across = 2 * (1 - 1 / sizes["replica"]) * _gradient_bytes(candidate, facts) / _weight_shards(candidate)
     wire += _accumulations(candidate) * across / device.dcn_bandwidth
-    busy = compute / device.bf16_flops
-    return (max(busy, wire) + busy + wire) / 2 / tokens
+    busy, host = compute / device.bf16_flops, _host_bytes(static, facts) / host_bandwidth(chip)
+    return (max(busy, wire, host / 2) + busy + wire + host) / 2 / tokens
+
+
+def _host_bytes(static: Static, facts: Facts) -> float:
+    """What a device sends to its host and takes back in a step: optimizer state, each layer's input and attention."""
+    candidate, sizes = static.candidate, static.candidate.sizes
+    kept = facts.width + facts.heads_width / sizes["tensor"] if candidate.remat == "offload" else 0
+    tokens = candidate.rows * facts.row_length / candidate.shards / sizes["context"]
+    return 2 * (static.host + facts.layers * tokens * facts.compute_bytes * kept)
 
 
 def _accumulations(candidate: Candidate) -> int:

@@ -11,23 +11,25 @@ from posttrain.data.page import base_style, policy, resource, write
 from posttrain.plan.candidates import mesh_text
 from posttrain.plan.markup import Markup, facts, table, tag
 from posttrain.plan.page_plots import Part, legend, milliseconds, scatter, side_by_side, size, stacked
-from posttrain.plan.predict import KERNEL_SHARE, NOT_MODELLED
-from posttrain.plan.search_report import HOST_NOTE, ends_text, left_groups
-from posttrain.plan.show import MEMORY
+from posttrain.plan.predict import KERNEL_SHARE
+from posttrain.plan.search_report import ends_text, left_groups, ranking
+from posttrain.plan.show import MEMORY, calibration_text, ends, work_rows
 from posttrain.train.chips import CHIPS, GIB, Chip
 
 
 def write_plan(
-    plan: dict[str, Any] | None, path: str, *, name: str, topology: str, search: dict[str, Any] | None = None
+    plan: dict[str, Any] | None, path: str, *, name: str, title: str, search: dict[str, Any] | None = None
 ) -> None:
     """Writes the page to `path` (any path that epath opens). Raises `UserError`."""
-    write(path, plan_html(plan, name=name, topology=topology, search=search))
+    write(path, plan_html(plan, name=name, title=title, search=search))
 
 
-def plan_html(plan: dict[str, Any] | None, *, name: str, topology: str, search: dict[str, Any] | None = None) -> str:
-    """The page: of what `plan --json` gives, and of a search's data, of which `plan` is the best one if any fits."""
+def plan_html(plan: dict[str, Any] | None, *, name: str, title: str, search: dict[str, Any] | None = None) -> str:
+    """The page: of what `plan --json` gives, and of a search's data, of which `plan` is the best one if any fits.
+
+    `name` is the model's, `title` says for what is planned.
+    """
     style = base_style() + resource("posttrain.plan", "page.css")
-    title = f"{name} on {topology}"
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
@@ -36,14 +38,14 @@ def plan_html(plan: dict[str, Any] | None, *, name: str, topology: str, search: 
         tag("meta", name="color-scheme", content="light dark"),
         tag("meta", name="referrer", content="no-referrer"),
         tag("link", rel="icon", href="data:,"),
-        tag("title", f"{title}: plan"),
+        tag("title", f"{name} on {title}: plan"),
         tag("style", Markup(style)),
     )
     sections = _search_sections(search) if search else []
     if plan is not None:
-        sections = [*_verdict(plan, name, topology), *sections, *_plan_sections(plan)]
+        sections = [*_verdict(plan, name, title), *sections, *_plan_sections(plan)]
     else:
-        sections = [_nothing_fits(name, topology), *sections]
+        sections = [_nothing_fits(name, title), *sections]
     return "<!doctype html>\n" + tag("html", head, tag("body", *sections), lang="en")
 
 
@@ -58,7 +60,7 @@ def _note(text: str) -> Markup:
 # ---- the verdict ----------------------------------------------------------------------------------------------------
 
 
-def _verdict(plan: dict[str, Any], name: str, topology: str) -> list[Markup]:
+def _verdict(plan: dict[str, Any], name: str, title: str) -> list[Markup]:
     found, chip = plan["prediction"], CHIPS[plan["chip"]]
     room, peak = chip.device.hbm_bytes, plan["memory"]["peak"]
     word = tag("span", "Fits", class_="yes") if found["fits"] else tag("span", "Does not fit", class_="no")
@@ -69,13 +71,13 @@ def _verdict(plan: dict[str, Any], name: str, topology: str) -> list[Markup]:
             _time(found["step_seconds"]),
             f"{plan['work']['tokens']:,} tokens, {plan['work']['rows']:,} rows",
         ),
-        ("Tokens a second", _ends(found["tokens_per_second"]), f"on {found['chips']:,} {chip.name} chips"),
-        ("MFU", _ends([100 * share for share in found["mfu"]], "%"), "useful FLOPs over peak"),
+        ("Tokens a second", ends(found["tokens_per_second"]), f"on {found['chips']:,} {chip.name} chips"),
+        ("MFU", ends([100 * share for share in found["mfu"]], "%"), "useful FLOPs over peak"),
     ]
     if found["hours"] is not None:
-        cost = "" if found["cost"] is None else f", {_ends(found['chip_hours'])} chip hours"
+        cost = "" if found["cost"] is None else f", {ends(found['chip_hours'])} chip hours"
         main = ("Chip hours", found["chip_hours"]) if found["cost"] is None else ("Cost", found["cost"])
-        numbers.append((main[0], _ends(main[1]), f"{_ends(found['hours'], 'h')}{cost}"))
+        numbers.append((main[0], ends(main[1]), f"{ends(found['hours'], 'h')}{cost}"))
     headline = tag(
         "dl",
         *(
@@ -85,23 +87,17 @@ def _verdict(plan: dict[str, Any], name: str, topology: str) -> list[Markup]:
         id="headline",
     )
     subtitle = f"{name} · {mesh_text(plan['mesh'])} · {plan['attention']} attention · {plan['compute_dtype']} compute"
-    return [tag("header", tag("h1", f"Plan for {topology}"), _note(subtitle)), tag("section", headline)]
+    return [tag("header", tag("h1", f"Plan for {title}"), _note(subtitle)), tag("section", headline)]
 
 
-def _nothing_fits(name: str, topology: str) -> Markup:
+def _nothing_fits(name: str, title: str) -> Markup:
     word = tag("p", tag("span", "Nothing that was compiled fits", class_="no"), class_="value")
-    return tag("header", tag("h1", f"Plan for {topology}"), _note(name), word)
-
-
-def _ends(values: Sequence[float], unit: str = "") -> str:
-    """Both ends of a range."""
-    low, high = (f"{value:,.4g}" if value < 10_000 else f"{value:,.0f}" for value in values)
-    return f"{low} to {high} {unit}".rstrip()
+    return tag("header", tag("h1", f"Plan for {title}"), _note(name), word)
 
 
 def _time(seconds: Sequence[float]) -> str:
     """A range, in what can be read best."""
-    return _ends(seconds, "s") if seconds[1] >= 10 else _ends([1000 * end for end in seconds], "ms")
+    return ends(seconds, "s") if seconds[1] >= 10 else ends([1000 * end for end in seconds], "ms")
 
 
 # ---- one plan -------------------------------------------------------------------------------------------------------
@@ -111,27 +107,30 @@ def _plan_sections(plan: dict[str, Any]) -> list[Markup]:
     chip = CHIPS[plan["chip"]].device
     return [
         _memory(plan, chip),
-        tag("div", _parts_of_time(plan, chip), _resources(plan, chip), class_="columns"),
+        tag("div", _parts_of_time(plan), _resources(plan, chip), class_="columns"),
+        _work(plan),
         _collectives(plan),
         _parameters(plan),
         _assumptions(plan),
+        _section("Not modelled", _listed(plan["not_modelled"])),
     ]
 
 
 def _memory(plan: dict[str, Any], chip: Chip) -> Markup:
     memory = plan["memory"]
     within = ("temporaries",) if memory["activations"] is None else ("activations", "gradients", "other")
-    keys = ("params", "optimizer", "batch", *within, "results")
-    parts = [Part(MEMORY[key], float(memory[key]), number) for number, key in enumerate(keys, 1)]
-    rest = memory["peak"] - sum(part.amount for part in parts)
-    parts.append(Part("what else XLA counts", rest, len(keys) + 1))
-    parts = [part for part in parts if part.amount > 0]
+    amounts = {
+        MEMORY[key]: float(memory[key]) for key in ("params", "optimizer", "batch", *within, "results", "reference")
+    }
+    amounts["what else XLA counts"] = memory["peak"] - sum(amounts.values())
+    told = [(name, amount) for name, amount in amounts.items() if amount > 0]
+    parts = [Part(name, amount, min(number, 8)) for number, (name, amount) in enumerate(told, 1)]
     bar = stacked([("At the step's peak", parts)], show=size, limit=("memory", chip.hbm_bytes))
     host = _note(f"{memory['host'] / GIB:.2f} GiB a device are on the host.") if memory["host"] else None
     return _section("Memory of a device", bar, legend(parts, show=size), host)
 
 
-def _parts_of_time(plan: dict[str, Any], chip: Chip) -> Markup:
+def _parts_of_time(plan: dict[str, Any]) -> Markup:
     found = plan["prediction"]
     at_peak = found["attention_seconds"] + found["expert_seconds"]
     core = Part("TensorCore, but for kernels", found["compute_seconds"] - at_peak, 1)
@@ -140,21 +139,19 @@ def _parts_of_time(plan: dict[str, Any], chip: Chip) -> Markup:
         Part(f"collectives over {axes}", seconds, min(number, 7))
         for number, (axes, seconds) in enumerate(_by_axis(found["wires"]), 3)
     ]
+    host = [Part("to and from the host", found["host_seconds"], 8)] if found["host_seconds"] else []
     low, high = found["step_seconds"]
-    hidden = [core, kernels[0]]
+    hidden, shown = [core, kernels[0]], [core, kernels[1], *wires, *host]
     waiting = low - sum(part.amount for part in hidden)
     if waiting > 1e-9:
-        hidden.append(Part("waiting for collectives", waiting, wires[0].number if wires else 3))
-    plot = stacked(
-        [("All hidden", hidden), ("Nothing hidden", [core, kernels[1], *wires])], show=milliseconds, limit=None
-    )
+        behind = max([*wires, *host], key=lambda part: part.amount)
+        hidden.append(Part("waiting for what cannot be hidden", waiting, behind.number))
+    plot = stacked([("All hidden", hidden), ("Nothing hidden", shown)], show=milliseconds, limit=None)
     text = (
-        f"{1000 * low:,.4g} ms if computation and collectives overlap wholly, with kernels at peak; "
-        f"{1000 * high:,.4g} ms if one comes after the other, with kernels at {KERNEL_SHARE:.0%} of peak."
+        f"{1000 * low:,.4g} ms if all overlaps wholly, with kernels at peak; {1000 * high:,.4g} ms if one comes after "
+        f"the other, with kernels at {KERNEL_SHARE:.0%} of peak."
     )
-    return _section(
-        "Where a step's time goes", _note(text), plot, legend([core, kernels[1], *wires], show=milliseconds)
-    )
+    return _section("Where a step's time goes", _note(text), plot, legend(shown, show=milliseconds))
 
 
 def _by_axis(wires: Sequence[dict[str, Any]]) -> list[tuple[str, float]]:
@@ -177,13 +174,19 @@ def _resources(plan: dict[str, Any], chip: Chip) -> Markup:
         ("Memory traffic at peak", found["hbm_seconds"]),
         ("Links between chips at peak (ICI)", networks["ici"]),
         ("Network between slices at peak (DCN)", networks["dcn"]),
+        ("Link to the host at peak, one way after the other", found["host_seconds"]),
     ]
     text = (
         f"Each alone, at {chip.bf16_flops / 1e12:,.0f} TFLOP/s, {chip.hbm_bandwidth / 1e9:,.0f} GB/s of memory, "
         f"{chip.ici_bandwidth / 1e9:,.0f} GB/s of links and {chip.dcn_bandwidth / 1e9:,.3g} GB/s of network a device: "
         "the longest is what limits the step."
     )
+    bars = [(name, seconds) for name, seconds in bars if seconds]
     return _section("What limits the step", _note(text), side_by_side(bars, found["step_seconds"]))
+
+
+def _work(plan: dict[str, Any]) -> Markup:
+    return _section("Work of a device in a step", facts(work_rows(plan)))
 
 
 def _collectives(plan: dict[str, Any]) -> Markup:
@@ -232,31 +235,25 @@ def _assumptions(plan: dict[str, Any]) -> Markup:
         ("Compiled with", f"{versions}, in {plan['compile_seconds']:.0f} s"),
         ("Accumulation steps", f"{plan['accumulation']}"),
         ("Layers", f"{plan['num_layers']}"),
-        ("Executed over useful FLOPs", f"{plan['prediction']['executed_over_useful']:.3f}"),
-        ("TensorCore time", "XLA's own cycles over the clock, kernels by their arithmetic"),
-        ("Times on wires", "bytes over the chip's published bandwidth"),
-        ("Calibration", _calibration(plan["calibration"])),
+        ("Calibration", calibration_text(plan["calibration"])),
     ]
     if plan["length"] is not None:
         told = (
             "{steps:,} steps, {epoch_steps:,} an epoch of {epoch_tokens:,} tokens, which fill its rows to {filled:.1%}"
         )
         pairs.insert(0, ("The run, by its data", told.format(**plan["length"])))
-    if plan["cost"]["host_bytes"]:
-        pairs.append(("Host memory", f"{plan['cost']['host_bytes'] / 1e9:,.3f} GB a step to or from it. {HOST_NOTE}"))
+    if plan["prediction"]["epoch_hours"] is not None:
+        pairs.insert(1, ("Hours an epoch", ends(plan["prediction"]["epoch_hours"], "h")))
+    if plan["prediction"]["untimed"]:
+        pairs.append(("Custom calls without a time", ", ".join(plan["prediction"]["untimed"])))
     unknown = [loop["op_name"] or loop["name"] for loop in plan["cost"]["loops"] if loop["trips"] is None]
     if unknown:
         pairs.append(("Counted once", f"{', '.join(unknown)}: how often depends on data, so all is a lower bound"))
-    listed = tag("ul", *(tag("li", line) for line in NOT_MODELLED), class_="plain")
-    return _section("Assumptions", facts(pairs), tag("h2", "Not modelled"), listed)
+    return _section("Assumptions", facts(pairs), _listed(plan["assumptions"]))
 
 
-def _calibration(found: dict[str, Any]) -> str:
-    return (
-        f"{found['run']} is published with {found['published_tokens_per_second']} tokens/s a device "
-        f"({found['published_mfu']:.1%} MFU; {found['source']}); this way of reading a program gives "
-        f"{found['predicted_tokens_per_second']}, {found['note']}"
-    )
+def _listed(lines: Sequence[str]) -> Markup:
+    return tag("ul", *(tag("li", line) for line in lines), class_="plain")
 
 
 # ---- a search -------------------------------------------------------------------------------------------------------
@@ -268,13 +265,14 @@ def _search_sections(search: dict[str, Any]) -> list[Markup]:
     text = (
         f"{len(ranked)} of {len(compiled)} compiled candidates fit. The middle of the prediction ranks them, per token "
     )
-    text += f"of the global batch; lines are its range. {ends_text(ranked)}"
+    text += f"of the global batch; lines are its range. {ends_text(search)}"
     sections = []
     if compiled:
         plot = scatter(compiled, search["room_bytes"])
         key = "The first is green; filled: fits; hollow: does not fit; with a ring: the config as it stands."
-        host = _note(HOST_NOTE) if any(one["host_bytes"] for one in compiled) else None
-        sections.append(_section("The search", _note(text), plot, _note(key), _ranking(compiled, ranked), host))
+        columns, rows = ranking(compiled, search["room_bytes"])
+        ranks = table(columns, rows, label="Ranking", words=("mesh", "remat"), marked=0 if ranked else None)
+        sections.append(_section("The search", _note(text), plot, _note(key), ranks))
     if search["settings"] is not None:
         texts = [tag("pre", text, tabindex="0") for text in (search["yaml"], search["flags"]) if text is not None]
         sections.append(_section("Settings of the first", *texts))
@@ -283,26 +281,3 @@ def _search_sections(search: dict[str, Any]) -> list[Markup]:
         rows = table(("why", "how many", "reason"), groups, label="Left out", words=("why", "reason"))
         sections.append(_section("Left out", rows))
     return sections
-
-
-def _ranking(compiled: Sequence[dict[str, Any]], ranked: Sequence[dict[str, Any]]) -> Markup:
-    rows = []
-    for one in compiled:
-        middle = one["seconds_per_token"][1]
-        behind = f"+{100 * (middle / ranked[0]['seconds_per_token'][1] - 1):.1f} %" if one["rank"] else ""
-        rows.append(
-            (
-                f"{one['rank'] or 'no'}{' (as configured)' if one['as_configured'] else ''}",
-                mesh_text(one["mesh"]),
-                one["remat"],
-                f"{one['rows'] // one['micro']} x {one['micro']}",
-                "on" if one["collective_matmul"] else "off",
-                f"{one['memory_bytes'] / GIB:.2f}",
-                _ends([1000 * seconds for seconds in one["step_seconds"]]),
-                f"{1e6 * middle:,.4g}",
-                "" if one["rank"] == 1 else behind,
-                _ends([round(100 * share, 1) for share in one["mfu"]]),
-            )
-        )
-    columns = ("rank", "mesh", "remat", "steps x rows", "collective matmul", "GiB", "ms a step", "µs a token", "behind")
-    return table((*columns, "MFU %"), rows, label="Ranking", words=("mesh", "remat"), marked=0 if ranked else None)

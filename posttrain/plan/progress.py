@@ -42,8 +42,9 @@ class SearchProgress:
     def compiled(self, candidate: Candidate, answer: Answer, outcome: "Outcome") -> None:
         """One compilation has ended."""
         self._seconds.append(answer.seconds)
-        told = outcome.left[-1].reason if answer.plan is None else ""
-        if answer.plan is not None:
+        if answer.plan is None:
+            told = next(one.reason for one in outcome.left if one.candidate == candidate)
+        else:
             found = next(one for one in outcome.tried if one.candidate == candidate)
             low, high = found.prediction.step_seconds
             told = f"{answer.plan['memory']['peak'] / GIB:.2f} GiB, {low:.4g} to {high:.4g} s a step"

@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from posttrain.config import Config
 from posttrain.errors import UserError, UserErrors
 from posttrain.plan.candidates import Candidate, Facts, Static
@@ -174,7 +172,7 @@ class _Search:
             found = predict(answer.plan, out.chip, tokens=None, price=None)
             tried = Tried(candidate, answer.plan, found, answer.seconds, kept)
             out.tried.append(tried)
-            self._time.learn(candidate, guess_seconds(candidate, out.facts, out.chip), tried.per_token[1])
+            self._time.learn(candidate, guess_seconds(static, out.facts, out.chip), tried.per_token[1])
             peak = answer.plan["memory"]["peak"]
             self._memory.learn(candidate, guess_bytes(static, out.facts), float(peak))
             if not found.fits:
@@ -238,7 +236,7 @@ class _Search:
         waiting = [candidate for candidate in self._open if candidate not in self._running]
         if not waiting:
             return [], [], []
-        seconds = [guess_seconds(candidate, out.facts, out.chip) for candidate in waiting]
+        seconds = [guess_seconds(self._open[candidate], out.facts, out.chip) for candidate in waiting]
         sizes = [guess_bytes(self._open[candidate], out.facts) for candidate in waiting]
         times, memories = (
             list(zip(*(part.tolist() for part in correction.apply(waiting, guesses)), strict=True))
@@ -263,12 +261,12 @@ class _Search:
     def _explain_rest(self) -> None:
         """Of what was not tried, whether it was worth trying."""
         waiting, times, memories = self._guesses()
-        promising, best, room = set(self._promising()), self.outcome.best, self.outcome.room
+        promising, best, room = set(self._promising()), self.outcome.best, math.log(self.outcome.room)
         for candidate, (middle, unsure), (size, size_unsure) in zip(waiting, times, memories, strict=True):
-            low, high = (float(np.exp(size + side * SURE * size_unsure)) / GIB for side in (-1, 1))
+            low, high = (math.exp(size + side * SURE * size_unsure) / GIB for side in (-1, 1))
             if candidate in promising:
                 self._leave(candidate, "no time", "the time was over")
-            elif low * GIB >= room:
+            elif size - SURE * size_unsure >= room:
                 self._leave(candidate, "unlikely", f"estimated to need {low:.1f} to {high:.1f} GiB")
             else:
                 assert best is not None

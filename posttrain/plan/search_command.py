@@ -8,6 +8,7 @@ from posttrain.plan.compiles import default_jobs
 from posttrain.plan.page import write_plan
 from posttrain.plan.search import search
 from posttrain.plan.search_report import as_data, show_search
+from posttrain.plan.topology import topology_text
 
 if TYPE_CHECKING:
     from posttrain.plan.command import PlanOptions
@@ -27,6 +28,8 @@ def search_problems(options: "PlanOptions") -> list[str]:
         problems.append(f"--rows-per-device {options.rows_per_device}: numbers of rows with commas, such as 1,2,4")
     if options.jobs is not None and options.jobs < 1:
         problems.append(f"--jobs {options.jobs}: at least 1")
+    if options.sharding:
+        problems.append("--sharding: of one plan; search first, then plan with what it found, or read it in --json")
     if options.price is not None and options.tokens is None:
         problems.append("--price: a search tells the cost of so many --tokens; give them too")
     if options.budget is not None and options.budget <= 0:
@@ -44,7 +47,8 @@ def run_search(config: Config, options: "PlanOptions") -> None:
     )
     data = as_data(outcome, tokens=options.tokens, price=options.price)
     if options.html is not None:
-        write_plan(data["best"], options.html, name=config.model.path, topology=options.topology, search=data["search"])
+        title = topology_text(options.topology, options.slices)
+        write_plan(data["best"], options.html, name=config.model.path, title=title, search=data["search"])
     if options.json:
         print(json.dumps(data))
     else:

@@ -1,12 +1,13 @@
 """What a search found, as plain data (`--json`, and what the page is drawn from) and as tables."""
 
-import dataclasses
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 from posttrain.plan.candidates import Candidate, as_flags, as_yaml, fixed_by_environment, mesh_text
-from posttrain.plan.predict import CALIBRATION, predict
+from posttrain.plan.predict import plan_data, predict
 from posttrain.plan.search import SURE, Outcome, Tried
+from posttrain.plan.topology import topology_text
 from posttrain.train.chips import GIB
 from posttrain.train.metrics import table
 
@@ -19,8 +20,6 @@ WHY = {
     "no time": "not compiled: the time was over",
 }
 """The reasons of `Left`, in the order in which they are listed."""
-
-HOST_NOTE = "Predicted times do not include what moves between host and device."
 
 
 def as_data(outcome: Outcome, *, tokens: float | None, price: float | None) -> dict[str, Any]:
@@ -55,13 +54,9 @@ def as_data(outcome: Outcome, *, tokens: float | None, price: float | None) -> d
     prediction = predict(best.plan, outcome.chip, tokens=tokens, price=price)
     return {
         "search": found,
-        "best": {
-            **best.plan,
-            "chip": outcome.chip.name,
-            "prediction": dataclasses.asdict(prediction),
-            "length": None,
-            "calibration": CALIBRATION,
-        },
+        "best": plan_data(
+            best.plan, outcome.chip, prediction, topology=outcome.topology, slices=outcome.facts.slices, length=None
+        ),
     }
 
 
@@ -92,7 +87,7 @@ def _tried_data(outcome: Outcome, tried: Tried, rank: int | None) -> dict[str, A
         "mfu": found.mfu,
         "compute_seconds": found.compute_seconds,
         "wire_seconds": found.wire_seconds,
-        "host_bytes": tried.plan["cost"]["host_bytes"],
+        "host_seconds": found.host_seconds,
         "compile_seconds": tried.seconds,
         "kept": tried.kept,
     }
@@ -103,13 +98,18 @@ def show_search(data: dict[str, Any]) -> None:
     found = data["search"]
     compiled = [one for one in found["candidates"] if "memory_bytes" in one]
     ranked = [one for one in compiled if one["rank"]]
-    slices = f", {found['slices']} slices" if found["slices"] > 1 else ""
-    print(f"{len(ranked)} of {len(compiled)} compiled candidates fit on {found['topology']}{slices}\n")
+    title = topology_text(found["topology"], found["slices"])
+    print(f"{len(ranked)} of {len(compiled)} compiled candidates fit on {title}\n")
     if compiled:
-        _show_ranking(compiled, ranked, found["room_bytes"])
+        table("Ranking", *ranking(compiled, found["room_bytes"]))
+        print("\nRanked by the middle of the predicted step per token of the global batch. Low end: collectives and")
+        print("transfers to the host hidden behind computation; high end: nothing hidden. " + ends_text(found))
     _show_left(found["candidates"])
     if not ranked:
-        print("\nNothing fits. More chips, LoRA, bfloat16 parameters or shorter rows need less memory.")
+        if any(one["status"] == "no time" for one in found["candidates"]):
+            print("\nNothing that was compiled fits, but the time was over first: raise --budget or leave it out.")
+        else:
+            print("\nNothing fits. More chips, LoRA, bfloat16 parameters or shorter rows need less memory.")
         return
     print("\nThe first as a piece of a config:\n")
     print(found["yaml"])
@@ -117,12 +117,14 @@ def show_search(data: dict[str, Any]) -> None:
         print(f"and as flags:\n\n{found['flags']}\n")
 
 
-def _show_ranking(compiled: list[dict[str, Any]], ranked: list[dict[str, Any]], room: float) -> None:
+def ranking(compiled: Sequence[dict[str, Any]], room: float) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Columns and rows of the table of all that was compiled, those that fit first, ranked."""
+    first = next((one["seconds_per_token"][1] for one in compiled if one["rank"] == 1), None)
     rows = []
     for one in compiled:
         low, high = (1000 * seconds for seconds in one["step_seconds"])
         middle = one["seconds_per_token"][1]
-        behind = f"+{100 * (middle / ranked[0]['seconds_per_token'][1] - 1):.1f} %" if ranked else ""
+        behind = "" if first is None else f"{100 * (middle / first - 1):+.1f} %"
         rows.append(
             (
                 f"{one['rank'] or 'does not fit'}{' (as configured)' if one['as_configured'] else ''}",
@@ -138,18 +140,14 @@ def _show_ranking(compiled: list[dict[str, Any]], ranked: list[dict[str, Any]], 
             )
         )
     columns = ("rank", "mesh", "remat", "steps x rows", "collective matmul", f"GiB of {room / GIB:.2f}")
-    table("Ranking", (*columns, "ms a step", "µs a token", "behind", "MFU %"), rows)
-    print("\nRanked by the middle of the predicted step per token of the global batch. Low end: collectives hidden")
-    print("behind computation; high end: nothing hidden. " + ends_text(ranked))
-    if any(one["host_bytes"] for one in compiled):
-        print(HOST_NOTE)
+    return (*columns, "ms a step", "µs a token", "behind", "MFU %"), rows
 
 
-def ends_text(ranked: list[dict[str, Any]]) -> str:
+def ends_text(search: dict[str, Any]) -> str:
     """Whether the first is first whatever overlaps."""
-    if len(ranked) < 2:
+    if sum(one["rank"] is not None for one in search["candidates"]) < 2:
         return ""
-    low, high = (min(ranked, key=lambda one: one["seconds_per_token"][end])["rank"] for end in (0, 2))
+    low, high = search["fastest_if"].values()
     if low == high == 1:
         return "The first is first at both ends."
     return f"If all were hidden number {low} would lead, if nothing were number {high}."

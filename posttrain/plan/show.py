@@ -1,14 +1,17 @@
 """A plan as tables on standard output; `command.py` says which."""
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from posttrain.plan.candidates import mesh_text
 from posttrain.plan.length import RunLength
-from posttrain.plan.predict import CALIBRATION, KERNEL_SHARE, NOT_MODELLED, Prediction
+from posttrain.plan.predict import Prediction
 from posttrain.train.chips import GIB
 from posttrain.train.metrics import table
 
 MEMORY = {
     "params": "parameters",
+    "reference": "the reference's parameters",
     "optimizer": "optimizer",
     "batch": "batch",
     "activations": "activations kept for the backward pass",
@@ -25,22 +28,24 @@ MEMORY = {
 def show(
     plan: dict[str, Any], found: Prediction, title: str, room: float, *, length: RunLength | None, missing: str
 ) -> None:
-    """Of chips. `room` is the memory of a device; `missing` says why the run's length is not known from its data."""
+    """Of chips. `plan` is `predict.plan_data`, `room` the memory of a device; `missing` says why the run's length is
+    not known from its data."""
     memory = plan["memory"]
     verdict = "fits" if found.fits else "DOES NOT FIT"
-    print(f"{verdict}: {_gib(memory['peak'])} of {_gib(room)} GiB a device on {title} ({_mesh(plan)})\n")
+    print(f"{verdict}: {_gib(memory['peak'])} of {_gib(room)} GiB a device on {title} ({mesh_text(plan['mesh'])})\n")
     rows = [
-        ("step", _range(found.step_seconds, "s")),
-        ("tokens/s, all chips", _range(found.tokens_per_second, "")),
-        ("MFU", _range(tuple(100 * share for share in found.mfu), "%")),
-        ("executed over useful FLOPs", f"{found.executed_over_useful:.3f}"),
+        ("step", ends(found.step_seconds, "s")),
+        ("tokens/s, all chips", ends(found.tokens_per_second)),
+        ("MFU", ends([100 * share for share in found.mfu], "%")),
         ("chips", f"{found.chips}"),
-        *_duration(found, length),
+        *_duration(found),
     ]
     table("Prediction", ("what", "low to high"), rows)
     print()
     parts = [(name, _gib(memory[key])) for key, name in _told(memory)]
     table("Memory", ("what", "GiB a device"), parts)
+    print()
+    table("Work", ("what", "a device and step"), work_rows(plan))
     print()
     times = [
         ("TensorCore, by XLA's cycles", found.compute_seconds),
@@ -49,6 +54,7 @@ def show(
         ("executed matrix products at peak", found.matmul_seconds),
         ("HBM traffic at peak", found.hbm_seconds),
         ("wires at peak", found.wire_seconds),
+        *([("to and from the host, one after the other", found.host_seconds)] if found.host_seconds else []),
     ]
     table("Times", ("what", "ms a step"), [(name, f"{1000 * seconds:.1f}") for name, seconds in times])
     print()
@@ -64,12 +70,10 @@ def show(
         print(f"The data make {length.steps:,} steps, {length.epoch_steps:,} in an epoch of ", end="")
         print(f"{length.epoch_tokens:,} tokens, which fill {length.filled:.1%} of its rows.")
     _compiled(plan)
-    print("Low: collectives hidden behind computation, kernels at peak. High: one after the other,")
-    print(f"kernels of attention and experts at {KERNEL_SHARE:.0%} of peak.")
-    _calibration()
-    print("Not modelled:")
-    for line in NOT_MODELLED:
-        print(f"  - {line}")
+    print(f"Calibration: {calibration_text(plan['calibration'])}.")
+    _list("Custom calls that no time is counted for, since nothing tells it:", found.untimed)
+    _list("Assumed:", plan["assumptions"])
+    _list("Not modelled:", plan["not_modelled"])
 
 
 def show_local(plan: dict[str, Any]) -> None:
@@ -77,7 +81,7 @@ def show_local(plan: dict[str, Any]) -> None:
     memory, work, cost, local = plan["memory"], plan["work"], plan["cost"], plan["local"]
     here, everywhere = local["here"], local["devices"]
     more = f" of {everywhere}" if everywhere > here else ""
-    print(f"The devices that are here: {here}{more} {plan['device_kind']} ({_mesh(plan)})\n")
+    print(f"The devices that are here: {here}{more} {plan['device_kind']} ({mesh_text(plan['mesh'])})\n")
     rows = [(name, _gib(memory[key]), _gib(here * memory[key])) for key, name in _told(memory)]
     table("Memory", ("what", "GiB a device", f"GiB, all {here} here"), rows)
     step = _gib(here * (memory["temporaries"] + memory["results"]))
@@ -95,6 +99,7 @@ def show_local(plan: dict[str, Any]) -> None:
     _compiled(plan)
     if plan["cost"]["kernels"]:
         print("Matrix products inside kernels are not counted as executed.")
+    _list("Not modelled:", plan["beside"])
     print("The time of a step is not predicted: that needs chips with published peaks, named with --topology.")
     if local["peak_flops"]:
         print(f"At {local['peak_source']},")
@@ -115,18 +120,31 @@ def _told(memory: dict[str, Any]) -> list[tuple[str, str]]:
     """Keys and names of what is to be shown: nothing that is unknown, nor a sum beside its parts, nor zeros."""
     split = memory["activations"] is not None
     hidden = {"temporaries"} if split else {"activations", "gradients", "other"}
-    hidden |= {key for key in ("host", "results") if not memory[key]}
+    hidden |= {key for key in ("reference", "host", "results") if not memory[key]}
     return [(key, name) for key, name in MEMORY.items() if key not in hidden]
 
 
-def _duration(found: Prediction, length: RunLength | None) -> list[tuple[str, str]]:
-    rows = []
-    if length is not None:
-        seconds = found.step_seconds
-        rows.append(("hours an epoch", _range([length.epoch_steps * s / 3600 for s in seconds], "h")))
-    for name, values, unit in (("hours", found.hours, "h"), ("chip hours", found.chip_hours, "h")):
-        rows += [] if values is None else [(name, _range(values, unit))]
-    return rows + ([] if found.cost is None else [("cost", _range(found.cost, ""))])
+def work_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
+    """Of a device and step: what it computes and moves."""
+    found, cost = plan["prediction"], plan["cost"]
+    rows = [
+        ("matrix products, executed", f"{found['executed_flops'] / 1e12:,.4g} TFLOP"),
+        ("of them recomputed", f"{found['recomputed_flops'] / 1e12:,.4g} TFLOP"),
+        ("useful", f"{found['useful_flops'] / 1e12:,.4g} TFLOP"),
+        ("executed over useful", f"{found['executed_over_useful']:.3f}"),
+        ("read from and written to HBM", f"{_gb(cost['hbm_bytes'])} GB"),
+    ]
+    return rows + ([("to and from the host", f"{_gb(cost['host_bytes'])} GB")] if cost["host_bytes"] else [])
+
+
+def _duration(found: Prediction) -> list[tuple[str, str]]:
+    told = (
+        ("hours an epoch", found.epoch_hours, "h"),
+        ("hours", found.hours, "h"),
+        ("chip hours", found.chip_hours, "h"),
+        ("cost", found.cost, ""),
+    )
+    return [(name, ends(values, unit)) for name, values, unit in told if values is not None]
 
 
 def _collectives(found: list[dict[str, Any]]) -> list[tuple[str, ...]]:
@@ -148,35 +166,37 @@ def _compiled(plan: dict[str, Any]) -> None:
     print(f"{plan['compute_dtype']} compute, {plan['accumulation']} accumulation steps,")
     print(f"{work['rows']:,} rows, {work['tokens']:,} tokens a step; ", end="")
     print(f"{work['trained']:,} parameters are trained of {work['parameters']:,}.")
-    if unknown:
-        print("Counted once, since how often they run depends on data, so that all is a lower bound:")
-        for name in dict.fromkeys(unknown):
-            print(f"  - {name}")
+    _list("Counted once, since how often they run depends on data, so that all is a lower bound:", unknown)
 
 
-def _calibration() -> None:
-    c = CALIBRATION
-    published = f"{c['published_tokens_per_second']} tokens/s a device ({c['published_mfu']:.1%} MFU)"
-    print(f"Calibration: {c['run']} is published with {published}")
-    print(f"({c['source']}); the TensorCore time of its own program, read as here,")
-    print(f"gives {c['predicted_tokens_per_second']}. No step of posttrain itself has been run on such chips.")
+def _list(title: str, lines: Iterable[str]) -> None:
+    """Nothing where there are none."""
+    found = list(dict.fromkeys(lines))
+    if found:
+        print("\n".join([title, *(f"  - {line}" for line in found)]))
 
 
-def _mesh(plan: dict[str, Any]) -> str:
-    return " x ".join(f"{name} {size}" for name, size in plan["mesh"].items() if size > 1) or "1 device"
+def calibration_text(found: dict[str, Any]) -> str:
+    """One sentence, without its full stop."""
+    return (
+        f"{found['run']} is published with {found['published_tokens_per_second']} tokens/s a device "
+        f"({found['published_mfu']:.1%} MFU; {found['source']}); this way of reading a program gives "
+        f"{found['predicted_tokens_per_second']}, {found['note']}"
+    )
 
 
-def _gib(count: float) -> str:
+def _gib(count: int | float) -> str:
     return f"{count / GIB:.2f}"
 
 
-def _gb(count: float) -> str:
+def _gb(count: int | float) -> str:
     return f"{count / 1e9:.2f}"
 
 
-def _range(values: Any, unit: str) -> str:
-    low, high = values
-    return f"{low:,.4g} to {high:,.4g} {unit}".rstrip()
+def ends(values: Sequence[float], unit: str = "") -> str:
+    """Both ends of a range."""
+    low, high = (f"{value:,.4g}" if value < 10_000 else f"{value:,.0f}" for value in values)
+    return f"{low} to {high} {unit}".rstrip()
 
 
 def _split(entries: list[list[str]]) -> str:

@@ -9,12 +9,9 @@ of a run, in their words, and the bytes of parameters, optimizer state and batch
 import dataclasses
 import hashlib
 import json
-import math
-import sys
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from posttrain.config import Config, parse_config
@@ -25,6 +22,7 @@ from posttrain.parallel.mesh import make_mesh, resolve_sizes
 from posttrain.parallel.sharding import flatten
 from posttrain.plan.candidates import Candidate, Facts, Static, as_configured, combinations
 from posttrain.plan.topology import described_devices
+from posttrain.plan.worker import bytes_of, parameter_counts, serve
 from posttrain.train.flops import attended_pairs, train_flops
 from posttrain.train.setup import StepSetup
 
@@ -99,7 +97,7 @@ def _examine(
         return Static(candidate, (f"the mesh does not divide the model: {'; '.join(whole)} would be kept whole",))
     state = built.abstract_state()
     sizes = (bytes_of(part) for part in (state.params, state.opt_state, built.abstract_batch()))
-    return Static(candidate, (), *sizes)
+    return Static(candidate, (), *sizes, host=bytes_of(state.opt_state, host=True))
 
 
 def _build(
@@ -113,12 +111,6 @@ def _build(
         return Static(candidate, (str(error),))
 
 
-def bytes_of(tree: Any) -> int:
-    """Of one device's own memory; what is kept on the host is not."""
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.sharding.memory_kind in (None, "device")]
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
-
-
 def _facts(setup: StepSetup, devices: Sequence[Any], slices: int) -> Facts:
     config, params = setup.model.config, setup.abstract_state().params
     length = setup.config.data.row_length
@@ -128,8 +120,7 @@ def _facts(setup: StepSetup, devices: Sequence[Any], slices: int) -> Facts:
         attended=attended_pairs(config, np.array([length])),
         adapter=setup.adapter_weights,
     )
-    trained, _ = setup.optimizer.split(params)
-    counts = [sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) for tree in (params, trained)]
+    parameters, trained = parameter_counts(setup)
     shapes = {path: (leaf.shape, leaf.dtype.name) for path, leaf in flatten(params).items()}
     described = json.dumps([setup.model.raw_config, sorted(shapes.items())], sort_keys=True)
     moe = config.moe
@@ -145,22 +136,11 @@ def _facts(setup: StepSetup, devices: Sequence[Any], slices: int) -> Facts:
         row_length=length,
         compute_bytes=setup.model.compute_dtype.itemsize,
         flops_per_token=flops / length,
-        parameters=counts[0],
-        trained=counts[1],
+        parameters=parameters,
+        trained=trained,
         fingerprint=hashlib.sha256(described.encode()).hexdigest(),
     )
 
 
-def main() -> None:
-    request = json.load(sys.stdin)
-    try:
-        answer = examine(request)
-    except UserErrors as error:
-        answer = {"problems": error.problems}
-    except UserError as error:
-        answer = {"problems": [str(error)]}
-    json.dump(answer, sys.stdout)
-
-
 if __name__ == "__main__":
-    main()
+    serve(examine)

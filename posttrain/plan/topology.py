@@ -28,6 +28,11 @@ DIMS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}
 FORM = "CHIP:AxB or CHIP:AxBxC, counted in chips, such as v5e:4x4, v6e:4x4, v5p:2x2x2, v4:2x2x4, tpu7x:2x2x1"
 
 
+def topology_text(name: str, slices: int) -> str:
+    """As titles have it."""
+    return f"{name}, {slices} slices" if slices > 1 else name
+
+
 def check_topology(name: str, slices: int) -> list[str]:
     """Problems that can be seen without libtpu."""
     problems = [] if slices >= 1 else [f"--slices {slices}: at least 1"]

@@ -11,6 +11,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -18,9 +19,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from posttrain.config import parse_config
+from posttrain.config import Config, parse_config
+from posttrain.data.tokenizer import Tokenizer
 from posttrain.errors import UserError, UserErrors
-from posttrain.experiment import build_step, check_config, load_tokenizer, mesh_facts
+from posttrain.experiment import build_step, check_config, load_tokenizer, mesh_facts, setup_reference
 from posttrain.models.architecture import DecoderConfig
 from posttrain.parallel.mesh import make_mesh
 from posttrain.parallel.processes import start_processes
@@ -32,12 +34,19 @@ from posttrain.train.flops import attended_pairs, peak_flops, train_flops
 from posttrain.train.loop import compile_step
 from posttrain.train.setup import StepSetup
 
+ONLINE = (
+    "reference.logps = {}: every batch first passes through the reference, forward only, about a third of what a step "
+    "computes; times and work are of the train step alone"
+)
+
 
 @dataclass(frozen=True)
 class Memory:
     """Bytes of one device during the step."""
 
     params: int
+    reference: int
+    """Weights of the model that losses compare with, where it stays in memory (`reference.logps: online`)."""
     optimizer: int
     batch: int
     temporaries: int
@@ -51,7 +60,8 @@ class Memory:
     results: int
     """Outputs that take the place of no argument."""
     peak: int
-    """What lives at once: XLA's own figure, or the sum of arguments, results and temporaries where that is more."""
+    """What lives at once: XLA's own figure, or the sum of arguments, results and temporaries where that is more, and
+    the reference."""
     host: int
 
 
@@ -98,6 +108,8 @@ def compile_plan(request: dict[str, Any]) -> dict[str, Any]:
     mesh = make_mesh(config.mesh, devices, **mesh_facts(config))
     tokenizer = load_tokenizer(config) if config.tokenizer.add_special_tokens else None
     setup, _ = build_step(config, tokenizer, mesh)
+    online = setup.loss.objective.needs_reference and config.reference.logps != "cached"
+    reference = _reference_bytes(config, setup, tokenizer) if online else 0
     started = time.monotonic()
     compiled = compile_step(setup).compiled
     seconds = time.monotonic() - started
@@ -111,18 +123,26 @@ def compile_plan(request: dict[str, Any]) -> dict[str, Any]:
         "attention": setup.model.decoder.options.attention,
         "compute_dtype": setup.model.compute_dtype.name,
         "accumulation": setup.accumulation,
-        "memory": dataclasses.asdict(_memory(setup, compiled, text)),
+        "memory": dataclasses.asdict(_memory(setup, compiled, text, reference)),
         "work": dataclasses.asdict(_work(setup)),
         "cost": dataclasses.asdict(cost),
         "sharding": _sharding(setup),
         "compile_seconds": seconds,
         "versions": {name: version(name) for name in (("jax", "jaxlib") if local else ("jax", "libtpu"))},
+        "beside": [ONLINE.format(config.reference.logps)] if online else [],
         "local": dataclasses.asdict(_local_devices()) if local else None,
     }
 
 
-def _memory(setup: StepSetup, compiled: Any, text: str) -> Memory:
-    """What XLA says of the program, its temporaries split by what they are for."""
+def _reference_bytes(config: Config, setup: StepSetup, tokenizer: Tokenizer | None) -> int:
+    """Of one device: what stays in memory of a reference that is asked for every batch (`train/reference.py`)."""
+    if setup.model.lora is not None and config.reference.path is None:
+        return 0  # the trained model without its adapter
+    return bytes_of(setup_reference(config, setup.model, tokenizer, setup.mesh).abstract_params)
+
+
+def _memory(setup: StepSetup, compiled: Any, text: str, reference: int) -> Memory:
+    """What XLA says of the program, its temporaries split by what they are for; and the reference's weights."""
     state, found = setup.abstract_state(), compiled.memory_analysis()
     host = found.host_argument_size_in_bytes + found.host_temp_size_in_bytes
     results = found.output_size_in_bytes - found.alias_size_in_bytes
@@ -132,15 +152,16 @@ def _memory(setup: StepSetup, compiled: Any, text: str) -> Memory:
     rest = found.temp_size_in_bytes - parts.activations - parts.gradients
     told = rest >= 0
     return Memory(
-        params=_bytes(state.params),
-        optimizer=_bytes(state.opt_state),
-        batch=_bytes(setup.abstract_batch()),
+        params=bytes_of(state.params),
+        reference=reference,
+        optimizer=bytes_of(state.opt_state),
+        batch=bytes_of(setup.abstract_batch()),
         temporaries=found.temp_size_in_bytes,
         activations=parts.activations if told else None,
         gradients=parts.gradients if told else None,
         other=rest if told else None,
         results=results,
-        peak=max(found.peak_memory_in_bytes - host, together),  # XLA's figure counts the host's memory too
+        peak=max(found.peak_memory_in_bytes - host, together) + reference,  # XLA's figure counts the host's memory too
         host=host,
     )
 
@@ -156,12 +177,16 @@ def _work(setup: StepSetup) -> Work:
     attended = attended_pairs(config, np.full(rows, length))
     with_attention = train_flops(config, tokens=rows * length, attended=attended, adapter=adapter)
     without = train_flops(config, tokens=rows * length, attended=0, adapter=adapter)
+    experts = _expert_flops(config, rows * length)
+    return Work(rows, rows * length, with_attention, with_attention - without, experts, *parameter_counts(setup))
+
+
+def parameter_counts(setup: StepSetup) -> tuple[int, int]:
+    """(all parameters, those that are trained)."""
     params = setup.abstract_state().params
     trained, _ = setup.optimizer.split(params)
-    counts = [sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) for tree in (params, trained)]
-    return Work(
-        rows, rows * length, with_attention, with_attention - without, _expert_flops(config, rows * length), *counts
-    )
+    every, some = (sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) for tree in (params, trained))
+    return every, some
 
 
 def _expert_flops(config: DecoderConfig, tokens: int) -> float:
@@ -172,9 +197,9 @@ def _expert_flops(config: DecoderConfig, tokens: int) -> float:
     return 2.0 * config.num_hidden_layers * tokens * each
 
 
-def _bytes(tree: Any) -> int:
-    """Of one device's own memory."""
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.sharding.memory_kind in (None, "device")]
+def bytes_of(tree: Any, *, host: bool = False) -> int:
+    """Of one device's own memory; with `host`, of what it keeps in the host's instead."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if (leaf.sharding.memory_kind in (None, "device")) != host]
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
@@ -186,17 +211,18 @@ def _sharding(setup: StepSetup) -> list[dict[str, Any]]:
             "shape": list(leaf.shape),
             "dtype": leaf.dtype.name,
             "split": [[entry] if isinstance(entry, str) else list(entry or ()) for entry in leaf.sharding.spec],
-            "bytes": _bytes(leaf),
+            "bytes": bytes_of(leaf),
             "kept_whole": list(setup.model.placements[path].repeated),
         }
         for path, leaf in flatten(setup.model.abstract_params).items()
     ]
 
 
-def main() -> None:
+def serve(ask: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Answers the request on standard input, on standard output."""
     request = json.load(sys.stdin)
     try:
-        answer = compile_plan(request)
+        answer = ask(request)
     except UserErrors as error:
         answer = {"problems": error.problems}
     except UserError as error:
@@ -204,9 +230,10 @@ def main() -> None:
     except jax.errors.JaxRuntimeError as error:
         if not str(error).startswith("RESOURCE_EXHAUSTED"):
             raise
-        answer = {"problems": [f"the compiled step does not fit: {str(error).splitlines()[0]}"]}
+        fix = "Fewer rows at a time (train.micro_batch_size), model.remat full or more chips need less; --search tries"
+        answer = {"problems": [f"the compiled step does not fit: {str(error).splitlines()[0]} {fix}"]}
     json.dump(answer, sys.stdout)
 
 
 if __name__ == "__main__":
-    main()
+    serve(compile_plan)

@@ -137,6 +137,22 @@ def test_axes_that_jax_was_asked_for(axes: tuple[str, ...]) -> None:
     assert sum(c.wire_bytes for c in found.values()) == math.prod((2, whole, n + 1, n - 1)) / n
 
 
+def test_what_a_ragged_exchange_writes_into_is_not_sent() -> None:
+    """Nor are its offsets and sizes: of the rows all but a device's own quarter, at the most."""
+    text = """HloModule m, num_partitions=4
+
+ENTRY %m (x: bf16[64,256], o: bf16[128,256], n: s32[4]) -> bf16[128,256] {
+  %x = bf16[64,256] parameter(0)
+  %o = bf16[128,256] parameter(1)
+  %n = s32[4] parameter(2)
+  ROOT %r = bf16[128,256] ragged-all-to-all(%x, %o, %n, %n, %n, %n), replica_groups={{0,1,2,3}}
+}
+"""
+    (exchange,) = program_cost(text, {"expert": 4}).collectives
+    rows = 64 * 256 * 2
+    assert (exchange.payload_bytes, exchange.wire_bytes, exchange.axes) == (rows, rows * 3 / 4, ("expert",))
+
+
 def test_shards_that_a_sharded_product_gathers() -> None:
     """Left to the compiler: gradients of a product are reduced over `data`, nothing over `tensor`."""
     mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)

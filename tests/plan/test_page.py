@@ -72,8 +72,8 @@ def read(page: str) -> Checked:
     return checked
 
 
-def page_of(found: dict[str, Any], name: str = "model", topology: str = "v5p:2x2x1") -> str:
-    return plan_html(found["best"], name=name, topology=topology, search=found["search"])
+def page_of(found: dict[str, Any], name: str = "model", title: str = "v5p:2x2x1") -> str:
+    return plan_html(found["best"], name=name, title=title, search=found["search"])
 
 
 def test_markup_escapes():
@@ -104,6 +104,10 @@ def test_the_page_says_what_the_json_says(found: dict[str, Any]):
             assert f"{1e6 * one['seconds_per_token'][1]:,.4g}" in text
     assert found["search"]["yaml"] in text and found["search"]["flags"] in text
     assert best["calibration"]["note"] in text
+    assert all(line in text for line in (*best["assumptions"], *best["not_modelled"]))
+    for key in ("executed_flops", "useful_flops"):
+        assert f"{prediction[key] / 1e12:,.4g} TFLOP" in text, key
+    assert f"{best['cost']['hbm_bytes'] / 1e9:.2f} GB" in text
 
 
 def test_every_compiled_candidate_is_a_point(found: dict[str, Any]):
@@ -141,11 +145,13 @@ def test_a_plan_without_a_search(found: dict[str, Any]):
     too_large["prediction"]["fits"] = False
     too_large["memory"] |= {"activations": None, "gradients": None, "other": None, "host": 2**30}
     too_large["cost"]["host_bytes"] = 5e9
+    too_large["prediction"] |= {"host_seconds": 0.25, "epoch_hours": [1.5, 2.5], "untimed": ["a_kernel"]}
     too_large["length"] = {"steps": 1234, "epoch_steps": 617, "epoch_tokens": 10_000, "filled": 0.987}
-    text = " ".join(read(plan_html(too_large, name="m", topology="v5p:2x2x1")).text)
+    text = " ".join(read(plan_html(too_large, name="m", title="v5p:2x2x1")).text)
     assert "Does not fit" in text and "The search" not in text
     assert "temporaries together" in text and "1.00 GiB a device are on the host" in text
-    assert "5.000 GB a step" in text and "1,234 steps, 617 an epoch of 10,000 tokens" in text and "98.7%" in text
+    assert "5.00 GB" in text and "to and from the host 250 ms" in text and "1.5 to 2.5 h" in text and "a_kernel" in text
+    assert "1,234 steps, 617 an epoch of 10,000 tokens" in text and "98.7%" in text
 
 
 def test_nothing_fits(found: dict[str, Any]):
@@ -153,7 +159,7 @@ def test_nothing_fits(found: dict[str, Any]):
     none["candidates"] = [
         {**one, "rank": None, "status": "does not fit"} if one["rank"] else one for one in none["candidates"]
     ]
-    text = " ".join(read(plan_html(None, name="m", topology="v5p:2x2x1", search=none)).text)
+    text = " ".join(read(plan_html(None, name="m", title="v5p:2x2x1", search=none)).text)
     assert "Nothing that was compiled fits" in text and "Settings of the first" not in text
 
 
@@ -165,17 +171,18 @@ def test_hostile_names_are_text(found: dict[str, Any]):
     best["versions"][HOSTILE] = HOSTILE
     best["cost"]["loops"] = [{"name": HOSTILE, "op_name": HOSTILE, "trips": None, "executed": 1.0}]
     best["prediction"]["wires"][0] |= {"kind": HOSTILE, "axes": [HOSTILE]}
+    best["prediction"]["untimed"] = best["not_modelled"] = [HOSTILE]
     for one in hostile["search"]["candidates"]:
         one["text"], one["reason"] = HOSTILE, HOSTILE
     hostile["search"] |= {"yaml": HOSTILE, "flags": HOSTILE}
-    checked = read(page_of(hostile, name=HOSTILE, topology=HOSTILE))
+    checked = read(page_of(hostile, name=HOSTILE, title=HOSTILE))
     assert " ".join(checked.text).count(HOSTILE) >= 10
 
 
 def test_a_page_that_cannot_be_written(found: dict[str, Any], tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--html .*cannot be written"):
-        write_plan(found["best"], str(tmp_path / "file" / "page.html"), name="m", topology="v5p:2x2x1")
+        write_plan(found["best"], str(tmp_path / "file" / "page.html"), name="m", title="v5p:2x2x1")
 
 
 # ---- in a browser ---------------------------------------------------------------------------------------------------
@@ -194,7 +201,7 @@ def page(browser: Any, found: dict[str, Any], tmp_path: Path) -> Iterator[Any]:
     from tests.data import browsers
 
     path = tmp_path / "page.html"
-    write_plan(found["best"], str(path), name=HOSTILE, topology="v5p:2x2x1", search=found["search"])
+    write_plan(found["best"], str(path), name=HOSTILE, title="v5p:2x2x1", search=found["search"])
     yield from browsers.open_page(browser, path.as_uri())
 
 

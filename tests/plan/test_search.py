@@ -5,7 +5,6 @@ The compiler is replaced by laws of time and memory that the search is not told 
 
 import itertools
 import json
-import math
 import os
 import subprocess
 import sys
@@ -15,22 +14,21 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 
-from posttrain.cli import _config_command
-from posttrain.config import Config, load_config, parse_config
+from posttrain.config import Config
 from posttrain.errors import UserErrors
-from posttrain.parallel.mesh import AXES, resolve_sizes
+from posttrain.parallel.mesh import AXES
 from posttrain.plan import compiles, search
-from posttrain.plan.candidates import COLLECTIVE_MATMUL, Candidate, as_configured, as_flags, as_yaml, combinations
+from posttrain.plan.candidates import Candidate, Static
 from posttrain.plan.command import PlanOptions, plan
-from posttrain.plan.estimate import NOISE, Correction, _features, _prior
+from posttrain.plan.progress import SearchProgress
 from posttrain.plan.search import Outcome
 from posttrain.plan.search_report import as_data, show_search
 from posttrain.plan.topology import ENVIRONMENT
 from tests.plan import search_cases as cases
+from tests.plan.test_command import TINY
 
 
 @pytest.fixture(autouse=True)
@@ -52,12 +50,6 @@ def run(
     return search.search(compiler.base, "v5p:2x2x2", 1, rows_per_device=rows, jobs=2, budget=budget)
 
 
-def possible(compiler: cases.Compiler, rows: tuple[int, ...] = ()) -> list[Candidate]:
-    """Candidates that a run would not refuse."""
-    told = cases.examined(compiler.base, compiler.devices, list(rows))["candidates"]
-    return [search._candidate(one["candidate"]) for one in told if not one["problems"]]
-
-
 def small(**sections: dict[str, Any]) -> Config:
     """Few candidates."""
     return cases.config(train={"global_batch_size": 4}, **sections)
@@ -65,84 +57,8 @@ def small(**sections: dict[str, Any]) -> Config:
 
 def middle(candidate: Candidate) -> float:
     """Of the predicted time per row, by the laws."""
-    core, wires = cases.true_seconds(candidate)
-    return (max(core, wires) + core + wires) / 2 / candidate.rows
-
-
-# ---- candidates -----------------------------------------------------------------------------------------------------
-
-
-def test_meshes_and_batches_are_all_that_multiply_out():
-    base = cases.config(train={"global_batch_size": 12})
-    found = combinations(base, devices=8, slices=1, batches=[12], experts=False)
-    meshes = {
-        sizes
-        for sizes in itertools.product((1, 2, 4, 8), repeat=4)
-        if math.prod(sizes) == 8 and 12 % (sizes[0] * sizes[1]) == 0
-    }
-    assert {one.mesh for one in found} == {(1, data, fsdp, c, t, 1) for data, fsdp, c, t in meshes}
-    for mesh in {one.mesh for one in found}:
-        shards = mesh[1] * mesh[2]
-        assert {one.micro for one in found if one.mesh == mesh} == {
-            micro for micro in range(1, 13) if 12 % micro == 0 and micro % shards == 0
-        }
-    assert len(found) == len(set(found))
-    assert {one.remat for one in found} == {"none", "minimal", "dots", "full", "offload"}
-    assert {one.collective_matmul for one in found} == {True, False}
-
-
-def test_slices_and_experts():
-    base = cases.config(train={"global_batch_size": 32})
-    found = combinations(base, devices=16, slices=2, batches=[32], experts=True)
-    assert {one.sizes["replica"] for one in found} == {2}
-    assert {one.sizes["expert"] for one in found} == {1, 2, 4, 8}
-    assert all(math.prod(one.mesh) == 16 for one in found)
-    alone = [one for one in found if one.sizes["data"] == 8]
-    assert alone and all(one.collective_matmul for one in alone), "no product waits for a gather there"
-
-
-def test_the_environment_may_fix_collective_matmul(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("LIBTPU_INIT_ARGS", f"--{COLLECTIVE_MATMUL}=1000000")
-    found = combinations(cases.config(), devices=8, slices=1, batches=[16], experts=False)
-    assert {one.collective_matmul for one in found} == {True}, "the config, which leaves it on, stays as it is"
-
-
-@pytest.mark.parametrize("options", [{}, {"xla_tpu_scoped_vmem_limit_kib": 1000}, {COLLECTIVE_MATMUL: 7}])
-def test_settings_can_be_pasted(tmp_path: Path, options: dict):
-    """As YAML over the base, and as flags: both are the candidate's config, and all else is as it was."""
-    base = cases.config(train={"xla_options": options, "global_batch_size": 64}, objective={"name": "ipo", "beta": 0.3})
-    file = tmp_path / "base.yaml"
-    raw = base.model_dump(mode="json")
-    file.write_text(yaml.safe_dump(raw))
-    for collective in (True, False):
-        candidate = Candidate((1, 2, 2, 1, 2, 1), "dots", 32, 16, collective)
-        chosen = candidate.config(base)
-        assert as_configured(chosen, resolve_sizes(chosen.mesh, 8)) == candidate
-        assert chosen.objective == base.objective and chosen.data == base.data
-        kept = {name: value for name, value in options.items() if name != COLLECTIVE_MATMUL or collective}
-        assert kept.items() <= chosen.train.xla_options.items()
-        assert (chosen.train.xla_options.get(COLLECTIVE_MATMUL, 0) >= 1_000_000) != collective
-        pasted = yaml.safe_load(as_yaml(candidate, base))
-        merged = {name: {**values, **pasted.get(name, {})} for name, values in raw.items()}
-        assert parse_config(merged, "pasted") == chosen
-        flags = as_flags(candidate, base)
-        assert (flags is None) == (not collective and COLLECTIVE_MATMUL not in options and bool(options))
-        if flags is not None:
-            assert _config_command("plan", [str(file), *flags.split()], PlanOptions)[0] == chosen
-    assert load_config(str(file)) == base
-
-
-def test_what_keeps_more():
-    """The order of remat policies and of rows at a time; nothing is said of other meshes or of unknown policies."""
-    base = Candidate((1, 1, 8, 1, 1, 1), "dots", 32, 16, True)
-
-    def more(**changed: Any) -> bool:
-        return Candidate(**{**vars(base), **changed}).keeps_no_less_than(base)
-
-    assert more() and more(remat="minimal") and more(remat="none") and more(micro=32)
-    assert not more(remat="full") and not more(micro=8) and not more(remat="none", micro=8)
-    assert not more(remat="offload") and not more(mesh=(1, 2, 4, 1, 1, 1)) and not more(collective_matmul=False)
-    assert not more(rows=64)
+    core, wires, host = cases.true_seconds(candidate)
+    return (max(core, wires, host / 2) + core + wires + host) / 2 / candidate.rows
 
 
 # ---- the search -----------------------------------------------------------------------------------------------------
@@ -157,11 +73,13 @@ def test_the_fastest_that_fits_is_found(
     """Among hundreds, of which few are compiled; and every candidate is accounted for, once."""
     compiler = cases.Compiler(cases.config(train={"global_batch_size": batch}), devices)
     found = run(monkeypatch, compiler, rows=rows)
-    everything = possible(compiler, rows)
+    everything = cases.possible(compiler, rows)
     fitting = [one for one in everything if cases.true_bytes(one) <= cases.CHIP.hbm_bytes]
     best = min(fitting, key=middle)
     assert found.best is not None and middle(found.best.candidate) <= 1.005 * middle(best)
     assert len(everything) > 200 and len(compiler.asked) <= 30
+    nearest = min(fitting, key=lambda one: cases.true_seconds(one)[0] / one.rows)
+    assert nearest.remat == "offload" and best.remat != "offload", "only what moves to the host speaks against it"
     told = [one.candidate for one in found.tried] + [one.candidate for one in found.left]
     assert len(told) == len(set(told))
     assert set(everything) <= set(told) and set(compiler.asked) <= set(told)
@@ -193,6 +111,22 @@ def test_what_cannot_fit_is_not_compiled(monkeypatch: pytest.MonkeyPatch):
     for number, one in enumerate(compiler.asked):
         earlier = [other for other in compiler.asked[: max(0, number - 1)] if cases.true_bytes(other) > 95 * 2**30]
         assert not any(one.keeps_no_less_than(other) for other in earlier)
+
+
+def test_progress_tells_why_a_candidate_was_refused(capsys: pytest.CaptureFixture[str]):
+    """Not why others are left out because of it."""
+    own = Candidate((1, 1, 8, 1, 1, 1), "full", 16, 8, True)
+    more = Candidate(**{**vars(own), "remat": "none"})
+    one = search._Search(
+        Outcome(cases.config(), "v5p:2x2x2", cases.facts(8), cases.CHIP, own), [Static(own), Static(more)], 1
+    )
+    problem = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 150.00G of 95.00G hbm."
+    answer = compiles.Answer(None, problem, too_large=True)
+    one._take(own, answer, kept=False)
+    assert [left.candidate for left in one.outcome.left] == [own, more]
+    with SearchProgress(None, 1) as progress:
+        progress.compiled(own, answer, one.outcome)
+    assert f"{own.text}: the compiler says that it needs 150.00 GiB, of 95.00" in capsys.readouterr().err
 
 
 def test_nothing_fits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
@@ -257,6 +191,14 @@ def test_a_budget(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     assert f"{whys['no time']}" in capsys.readouterr().out
 
 
+def test_a_budget_that_is_too_short_for_anything(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    found = run(monkeypatch, cases.Compiler(small(), 4), budget=1e-9)
+    assert not found.tried
+    show_search(as_data(found, tokens=None, price=None))
+    printed = capsys.readouterr().out
+    assert "the time was over first: raise --budget" in printed and "Nothing fits" not in printed
+
+
 def test_a_failure_is_told_and_not_kept(monkeypatch: pytest.MonkeyPatch):
     def fails(candidate: Candidate) -> str | None:
         return "the machine was out of memory" if candidate.remat == "minimal" else None
@@ -296,26 +238,6 @@ def test_data_and_tables_say_the_same(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert data["search"]["flags"] in printed and data["search"]["yaml"] in printed
 
 
-def test_correction_is_a_ridge_regression():
-    """Its middle is the least-squares solution with the prior as further observations."""
-    rng, correction = np.random.default_rng(0), Correction()
-    candidates = possible(cases.Compiler(cases.config(), 8))
-    seen = [candidates[int(i)] for i in rng.choice(len(candidates), 9, replace=False)]
-    errors = rng.normal(0.3, 0.2, len(seen))
-    for one, error in zip(seen, errors, strict=True):
-        correction.learn(one, 2.0, 2.0 * math.exp(error))
-    known = np.stack([_features(one) for one in seen])
-    prior = np.diag(1 / _prior(known.shape[1]))
-    stacked = np.concatenate([known / NOISE, prior]), np.concatenate([errors / NOISE, np.zeros(len(prior))])
-    weights, *_ = np.linalg.lstsq(*stacked, rcond=None)
-    new = candidates[:20]
-    middles, unsure = correction.apply(new, [3.0] * len(new))
-    expected = math.log(3.0) + np.stack([_features(one) for one in new]) @ weights
-    np.testing.assert_allclose(middles, expected, rtol=1e-9, atol=1e-9)
-    prior_only = Correction().apply(new, [3.0] * len(new))[1]
-    assert (unsure < prior_only).all() and (unsure >= NOISE).all()
-
-
 @pytest.mark.parametrize(
     ("message", "needed"),
     [
@@ -331,7 +253,7 @@ def test_correction_is_a_ridge_regression():
 def test_what_the_compiler_says_of_memory(message: str, needed: float | None):
     answer = compiles._failure(f"Traceback ...\njax.errors.JaxRuntimeError: {message}\n", 1.0)
     assert answer.too_large and answer.final
-    found = answer.needed(1.0 * 2**30)
+    found = answer.needed(2**30)
     assert found is None if needed is None else found == pytest.approx(needed * 2**30)
     other = compiles._failure("Traceback ...\nMemoryError: RESOURCE_EXHAUSTED on the host", 1.0)
     assert not other.too_large and not other.final
@@ -345,6 +267,7 @@ def test_what_the_compiler_says_of_memory(message: str, needed: float | None):
         ({"search": True, "topology": "v5e:2x2", "jobs": 0}, "--jobs 0: at least 1"),
         ({"search": True, "topology": "v5e:2x2", "budget": -1.0}, "--budget -1.0: minutes, above 0"),
         ({"search": True, "topology": "v5e:2x2", "price": 1.0}, "give them too"),
+        ({"search": True, "topology": "v5e:2x2", "sharding": True}, "--sharding: of one plan; search first"),
         ({"topology": "v5e:2x2", "budget": 5.0}, "--budget: says how to search; add --search"),
     ],
 )
@@ -356,19 +279,7 @@ def test_wrong_options_are_refused(options: dict, reason: str):
 
 # ---- with the compiler ----------------------------------------------------------------------------------------------
 
-MODEL = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 512,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 128,
-    "vocab_size": 4096,
-    "max_position_embeddings": 4096,
-    "tie_word_embeddings": False,
-}
+MODEL = TINY | {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4}
 
 EXAMINE = (
     "import json, sys; from posttrain.plan.static import examine; print(json.dumps(examine(json.load(sys.stdin))))"
