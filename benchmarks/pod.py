@@ -82,6 +82,7 @@ CASES = (
         model="qwen3-30b-a3b",
         overrides={"mesh": {"fsdp": -1, "expert": 4}},
     ),
+    Case("moe-v5p-32-fsdp", "v5p:2x2x4", "others", model="qwen3-30b-a3b"),
     Case(
         "context-128k-v5p-128",
         "v5p:4x4x4",
