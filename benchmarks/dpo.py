@@ -9,7 +9,6 @@ of its own); the two run in turn, `--rounds` times, and the medians' ratio is pr
 """
 
 import argparse
-import tempfile
 from typing import Any
 
 import measuring
@@ -17,20 +16,8 @@ import measuring
 
 def describe(arguments: argparse.Namespace) -> dict[str, Any]:
     """The config that is measured."""
-    return {
-        "run": {"dir": tempfile.mkdtemp()},
-        "model": {"path": arguments.model, "remat": arguments.remat},
-        "data": {
-            "train": [{"path": arguments.data}],
-            "heldout": {"fraction": 0.0},
-            "max_length": arguments.max_length,
-            "row_length": arguments.row_length,
-        },
-        "objective": {"name": "sigmoid", "beta": 0.1},
-        "train": {"global_batch_size": arguments.rows, "max_steps": arguments.steps},
-        "optimizer": {"learning_rate": 1e-5},
-        "mesh": {"data": arguments.data_axis, "fsdp": arguments.fsdp},
-    }
+    objective = {"name": "sigmoid", "beta": 0.1}
+    return measuring.config(arguments, data={"max_length": arguments.max_length}, objective=objective)
 
 
 if __name__ == "__main__":

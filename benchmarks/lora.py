@@ -9,7 +9,6 @@ ratio is printed.
 """
 
 import argparse
-import tempfile
 from typing import Any
 
 import measuring
@@ -17,19 +16,8 @@ import measuring
 
 def describe(arguments: argparse.Namespace) -> dict[str, Any]:
     """The config that is measured."""
-    return {
-        "run": {"dir": tempfile.mkdtemp()},
-        "model": {"path": arguments.model, "remat": arguments.remat, "lora": {"r": arguments.rank}},
-        "data": {
-            "train": [{"path": arguments.data}],
-            "heldout": {"fraction": 0.0},
-            "max_length": arguments.row_length,
-            "row_length": arguments.row_length,
-        },
-        "train": {"global_batch_size": arguments.rows, "max_steps": arguments.steps},
-        "optimizer": {"learning_rate": 1e-4},
-        "mesh": {"data": arguments.data_axis, "fsdp": arguments.fsdp},
-    }
+    adapter = {"lora": {"r": arguments.rank}}
+    return measuring.config(arguments, model=adapter, optimizer={"learning_rate": 1e-4})
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,24 @@ UNITS = {
     "tok_per_cpu_s": "real tokens/CPU s",
     "peak_rss_mb": "MB peak",
 }
+
+
+def config(arguments: argparse.Namespace, **sections: dict[str, Any]) -> dict[str, Any]:
+    """Full fine-tuning as the options say; what `sections` give is added to it."""
+    raw = {
+        "run": {"dir": tempfile.mkdtemp()},
+        "model": {"path": arguments.model, "remat": arguments.remat},
+        "data": {
+            "train": [{"path": arguments.data}],
+            "heldout": {"fraction": 0.0},
+            "max_length": arguments.row_length,
+            "row_length": arguments.row_length,
+        },
+        "train": {"global_batch_size": arguments.rows, "max_steps": arguments.steps},
+        "optimizer": {"learning_rate": 1e-5},
+        "mesh": {"data": arguments.data_axis, "fsdp": arguments.fsdp},
+    }
+    return raw | {name: raw.get(name, {}) | values for name, values in sections.items()}
 
 
 def time_steps(raw: dict[str, Any], skip: int) -> dict[str, Any]:

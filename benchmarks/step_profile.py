@@ -20,7 +20,7 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
-import sft
+import measuring
 from jax.profiler import ProfileData
 
 from posttrain.config import parse_config
@@ -95,7 +95,7 @@ def kind_and_flops(module: Module, computation: Computation, one: Instruction) -
 
 def main(arguments: argparse.Namespace) -> None:
     """Profiles the last step and prints two tables."""
-    experiment = build(parse_config(sft.describe(arguments), "benchmark"))
+    experiment = build(parse_config(measuring.config(arguments), "benchmark"))
     peak, what = peak_flops(jax.devices())
     assert peak is not None
     step, state = compile_step(experiment), experiment.initial_state()
@@ -148,6 +148,6 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    options = sft.measuring.parser(__doc__, steps=4, row_length=1024)
+    options = measuring.parser(__doc__, steps=4, row_length=1024)
     options.add_argument("--top", type=int, default=15)
     main(options.parse_args())

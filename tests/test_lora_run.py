@@ -123,12 +123,12 @@ def test_a_checkpoint_holds_the_adapter_and_its_moments_only(root: Path, finishe
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit_with_dropout(
     root: Path, finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def die(steps: Any, done: int, run_dir: Any) -> None:
+    def die(profile: Any, done: int) -> None:
         if done == 4:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_profile", die)
+        patch.setattr(loop._Profile, "after", die)
         with pytest.raises(KeyboardInterrupt):
             loop.run(build(config(root, tmp_path / "run")))
     assert logged(tmp_path / "run")[-1]["step"] == 4
@@ -302,7 +302,7 @@ def test_evaluate_gives_the_adapters_gradient_norms(root: Path, finished: Any, c
 def test_a_quantised_run_resumes_bit_for_bit_and_merges_into_the_whole_weights(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def die(steps: Any, done: int, run_dir: Any) -> None:
+    def die(profile: Any, done: int) -> None:
         if done == 4:
             raise KeyboardInterrupt
 
@@ -310,7 +310,7 @@ def test_a_quantised_run_resumes_bit_for_bit_and_merges_into_the_whole_weights(
     sections = {"model": full_model(root, sections["model"]), "optimizer": {"freeze": ["layers/attn/q/kernel"]}}
     loop.run(build(config(root, tmp_path / "whole", **sections)))
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_profile", die)
+        patch.setattr(loop._Profile, "after", die)
         with pytest.raises(KeyboardInterrupt):
             loop.run(build(config(root, tmp_path / "run", **sections)))
     loop.run(build(config(root, tmp_path / "run", **sections)))
