@@ -3,10 +3,11 @@
     python benchmarks/step_profile.py --model MODEL --data chat.jsonl [--row-length 1024] [--top 15]
 
 Runs the step that `sft.py` times, the last time under JAX's profiler, and joins what every thread did with the compiled
-program: matrix products (with the rate that they ran at), sums, moves (copies, slices, transposes: what writes its
-operands elsewhere), elementwise work, and what no operation accounts for: waiting, and the runtime itself. Seconds are
-of all threads together; a step that filled every core would have as many a second as there are cores. The rate of
-the machine is that of MFU (`train/flops.py`), measured in the same process.
+program: matrix products, sums, moves (copies, slices, transposes: what writes its operands elsewhere), elementwise
+work, the runtime itself, and the rest. Seconds are of all threads together; a step that filled every core would have as
+many a second as there are cores. Of a matrix product only the thread that began it is in the trace: what others do for
+it is in the rest, with waiting. How long all products would take at the machine's own rate (that of MFU,
+`train/flops.py`, measured in the same process) tells the two apart.
 """
 
 import argparse
@@ -119,20 +120,17 @@ def main(arguments: argparse.Namespace) -> None:
         kind = operations[name][0] if name in operations else "runtime"
         kinds[kind].calls += time_in.calls
         kinds[kind].seconds += time_in.seconds
-    kinds["waiting"].seconds = wall * cores - sum(k.seconds for k in kinds.values())
+    kinds["the rest"].seconds = wall * cores - sum(k.seconds for k in kinds.values())
     flops = sum(operations[name][1] * t.calls for name, t in found.items() if name in operations)
-    rate = flops / kinds["matrix products"].seconds * cores
     print(f"step {wall:.2f} s, {cores} cores; {what}")
-    print(
-        f"matrix products: {flops / 1e9:,.0f} GFLOP, {flops / peak:.2f} s at that rate; here {rate / 1e9:.0f} GFLOP/s"
-    )
+    print(f"matrix products: {flops / 1e9:,.0f} GFLOP, {flops / peak * cores:.2f} thread s at that rate")
     rows = [(k, t.calls, round(t.seconds, 3), round(100 * t.seconds / (wall * cores), 1)) for k, t in kinds.items()]
     table("all", ("kind", "calls", "thread s", "%"), sorted(rows, key=lambda row: -row[2]))
     print()
     longest = sorted(((t.seconds, name) for name, t in found.items() if name in operations), reverse=True)
     table(
         "the longest",
-        ("operation", "kind", "result", "calls", "thread s", "% of the machine's rate"),
+        ("operation", "kind", "result", "calls", "thread s", "GFLOP"),
         [
             (
                 name,
@@ -140,7 +138,7 @@ def main(arguments: argparse.Namespace) -> None:
                 " ".join(str(list(shape.dims)) for shape in results[name]),
                 found[name].calls,
                 round(seconds, 3),
-                round(100 * operations[name][1] * found[name].calls / seconds * cores / peak, 1),
+                round(operations[name][1] * found[name].calls / 1e9, 1),
             )
             for seconds, name in longest[: arguments.top]
         ],
