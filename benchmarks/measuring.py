@@ -24,7 +24,7 @@ def config(arguments: argparse.Namespace, **sections: dict[str, Any]) -> dict[st
     """Full fine-tuning as the options say; what `sections` give is added to it."""
     raw = {
         "run": {"dir": tempfile.mkdtemp()},
-        "model": {"path": arguments.model, "remat": arguments.remat},
+        "model": {"path": arguments.model, "dtype": arguments.dtype, "remat": arguments.remat},
         "data": {
             "train": [{"path": arguments.data}],
             "heldout": {"fraction": 0.0},
@@ -97,6 +97,7 @@ def parser(description: str | None, *, steps: int, row_length: int) -> argparse.
     result.add_argument("--data-axis", type=int, default=1)
     result.add_argument("--fsdp", type=int, default=1)
     result.add_argument("--remat", default="dots")
+    result.add_argument("--dtype", default="float32", help="compute dtype; parameters stay float32")
     result.add_argument("--peer")
     result.add_argument("--rounds", type=int, default=2)
     return result

@@ -39,9 +39,10 @@ def draw(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def run(mesh: Mesh, rows: int, names: tuple[str, ...], shape: tuple[int, ...], count: int):
+def run(mesh: Mesh, rows: int, names: tuple[str, ...], shape: tuple[int, ...], count: int, dtype=jnp.float32):
     """The product, both gradients, the inputs, and the compiled program."""
-    x, weight, dy = draw(1, rows, T, *shape[:count]), draw(2, *shape), draw(3, rows, T, *shape[count:])
+    drawn = draw(1, rows, T, *shape[:count]), draw(2, *shape), draw(3, rows, T, *shape[count:])
+    x, weight, dy = (a.astype(dtype) for a in drawn)
 
     def products(x: jax.Array, weight: jax.Array, dy: jax.Array):
         y, vjp = jax.vjp(lambda x, weight: contract(x, weight, names, count), x, weight)
@@ -68,6 +69,20 @@ def test_product_and_its_gradients(sizes: dict, names: tuple, shape: tuple, coun
     np.testing.assert_allclose(y, (flat_x @ flat_w).reshape(y.shape), atol=2e-5)
     np.testing.assert_allclose(dx, (flat_dy @ flat_w.T).reshape(dx.shape), atol=2e-5)
     np.testing.assert_allclose(dw, (flat_x.T @ flat_dy).reshape(dw.shape), atol=5e-5)
+
+
+def test_bf16_products_are_rounded_once():
+    """On a CPU, whose kernels for bf16 are those with an f32 result: nothing is widened for others."""
+    mesh = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
+    results, inputs, text = run(mesh, B, ("embed", "mlp"), (16, 24), 1, jnp.bfloat16)
+    x, weight, dy = (np.asarray(a, np.float64) for a in inputs)
+    half_a_unit = 2.0**-8 * (1 + 1e-4)  # in the last place of bf16; and what an f32 sum is off
+    exact = x @ weight, dy @ weight.T, np.einsum("bti,bto->io", x, dy)
+    for result, expected in zip(results, exact, strict=True):
+        assert result.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.float64(result), expected, rtol=half_a_unit, atol=1e-5)
+    assert re.findall(r"= (\w+)\[[\d,]+\]\S* dot\(", text) == ["f32"] * 3
+    assert not re.search(r"= f32\[[\d,]+\]\S* convert\(", text)
 
 
 def test_a_weight_is_gathered_once_and_its_gradient_reduced_into_its_shards():
