@@ -17,6 +17,7 @@ from posttrain.models.architecture import DecoderConfig, LayerKind
 from posttrain.models.attention import Windows, attention, cached_attention
 from posttrain.models.block import Block, width_norm
 from posttrain.models.context import balanced, natural
+from posttrain.models.gradient_sum import GradientSum, tap
 from posttrain.models.layers import Embedding, Head, ScoreHead
 from posttrain.models.rope import rope_angles
 from posttrain.parallel.sharding import constrain, flatten, unflatten
@@ -77,6 +78,8 @@ class Decoder(nnx.Module):
         untied = not (c.tie_word_embeddings or c.num_labels)
         self.lm_head = Head(c.padded_vocab_size, c.hidden_size, rngs=rngs, dtype=dtype) if untied else None
         self.score = ScoreHead(c.num_labels, c.hidden_size, rngs=rngs, dtype=dtype) if c.num_labels else None
+        self.gradient_sum: GradientSum = nnx.data({})
+        """What the gradients of layers are added to (`gradient_sum.py`), behind all layers that have been run."""
 
     @property
     def vocab_size(self) -> int:
@@ -133,10 +136,10 @@ class Decoder(nnx.Module):
         x = constrain(self._embed(balanced(jnp.asarray(batch.tokens))), "rows", "tokens", "width")
         real = balanced(segment_ids) > 0
         graph, state = nnx.split(self.layers)
+        leaves = flatten({"layers": nnx.to_pure_dict(state)})
 
-        def layer(x: Array, inputs: tuple[Any, Array]) -> tuple[Array, RouterStats | None]:
-            state, index = inputs
-            block = nnx.merge(graph, state)
+        def layer(x: Array, leaves: dict[str, Any], index: Array) -> tuple[Array, RouterStats | None]:
+            block = nnx.merge(graph, unflatten(leaves)["layers"])
             x = checkpoint_name(x, "layer_in")
             q, k, v = block.project(x, *kinds.angles(index))
             q, k, v = (checkpoint_name(a, "qkv") for a in (q, k, v))
@@ -152,7 +155,18 @@ class Decoder(nnx.Module):
             )
             return block.finish(x, mixed, real, grouped=self.options.grouped)
 
-        x, stats = jax.lax.scan(_remat(layer, self.options.remat), x, (state, kinds.of_layer))
+        run = _remat(layer, self.options.remat)
+
+        def tapped(carry: tuple[Array, GradientSum], inputs: tuple[dict[str, Any], Array, Array]) -> tuple[Any, Any]:
+            (x, total), (leaves, index, number) = carry, inputs
+            leaves, total = tap(leaves, total, number)
+            x, stats = run(x, leaves, index)
+            return (x, total), stats
+
+        inputs = (leaves, kinds.of_layer, jnp.arange(c.num_hidden_layers))
+        (x, total), stats = jax.lax.scan(tapped, (x, self.gradient_sum), inputs)
+        if total:
+            self.gradient_sum = total
         return natural(self.final_norm(x)), jax.tree.map(lambda s: s.sum(0), stats)
 
     def extend(
@@ -284,9 +298,12 @@ class AbstractDecoder:
     """Logical dim names by path, the stacked `layers` dim included."""
     options: ComputeOptions
 
-    def merge(self, params: Params) -> Decoder:
-        """The decoder with these parameters."""
-        return nnx.merge(self.graph, params)
+    def merge(self, params: Params, gradient_sum: GradientSum | None = None) -> Decoder:
+        """The decoder with these parameters. With a sum that its layers' gradients are to be added to, it is merged
+        within the function that is differentiated, and run at that level: not inside another transformation."""
+        model = nnx.merge(self.graph, params)
+        model.gradient_sum = nnx.data(gradient_sum or {})
+        return model
 
 
 def abstract_decoder(

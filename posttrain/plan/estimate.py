@@ -79,12 +79,8 @@ def guess_bytes(static: Static, facts: Facts) -> float:
     """Of a device's memory at its fullest: state, gradients, what is kept for the backward pass, one layer at work."""
     candidate = static.candidate
     sizes, number = candidate.sizes, facts.compute_bytes
-    gradients = (
-        facts.trained
-        / sizes["tensor"]
-        / _weight_shards(candidate)
-        * (number + (4 if _accumulations(candidate) > 1 else 0))
-    )
+    gradients = facts.trained / sizes["tensor"] / _weight_shards(candidate)
+    gradients *= 4 if _accumulations(candidate) > 1 else number
     tokens = candidate.micro * facts.row_length / candidate.shards / sizes["context"]
     heads, mlp = 2 * facts.heads_width + 2 * facts.kv_width, 3 * facts.mlp_width
     inner = {"full": 0, "dots": heads + mlp, "minimal": heads + mlp, "none": 2 * (heads + mlp) + 6 * facts.width}

@@ -27,6 +27,8 @@ _FORWARD, _BACKWARD, _NEITHER = "forward", "backward", "neither"
 _ALIAS = re.compile(r"\{(\d+)\}: \((\d+), \{\}")
 _SAME = frozenset(("bitcast", "optimization-barrier", "copy-done", "async-done", "async-update"))
 """Opcodes whose result lies where their operand does, or where what was started put it."""
+_OPERANDS_FIRST = frozenset(("slice-start", "all-gather-start", "collective-permute-start"))
+"""Opcodes whose tuple names what they read before what they write."""
 _ELEMENTWISE = frozenset(("copy", "add", "subtract", "multiply", "divide", "select", "convert", "negate", "maximum"))
 """Opcodes, beside loop fusions, that may write over an operand."""
 
@@ -213,6 +215,10 @@ class _Run:
             return operands[0], leaf
         if opcode.endswith("-done"):
             return operands[0], leaf + self._begun(operands[0])
+        if opcode == "copy-start":
+            return (operands[0], 0) if leaf == 1 else None
+        if opcode in _OPERANDS_FIRST:
+            return (operands[leaf], 0) if leaf < self._begun(instruction.name) else None
         if opcode == "dynamic-update-slice":
             return operands[0], 0
         if opcode in ("fusion", "custom-call", "call"):

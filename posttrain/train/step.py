@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from posttrain.models.decoder import AbstractDecoder, Decoder
+from posttrain.models.gradient_sum import GradientSum
 from posttrain.models.lora import Dropout
 from posttrain.parallel.sharding import flatten, unflatten
 from posttrain.records import Batch, Metric, Metrics, Objective, Params, Scalars, Statistics, TrainState
-from posttrain.train.optim import Optimizer, gradient_norm
+from posttrain.train.optim import STACK, Optimizer, gradient_norm
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,13 @@ class LossSums:
         _, stacked = jax.lax.scan(of_micro, None, (batch, _row_numbers(batch)))
         return {name: metric.over_micro_batches() for name, metric in stacked.items()}
 
-    def _model(self, params: Params, key: Array | None, rows: Int[Array, " B"]) -> Decoder:
+    def _model(
+        self, params: Params, key: Array | None, rows: Int[Array, " B"], gradient_sum: GradientSum | None = None
+    ) -> Decoder:
         """The model of these rows of the global batch; with a key, what dropout makes of it."""
         if key is None or self.dropout is None:
-            return self.decoder.merge(params)
-        return self.dropout.decoder.merge(merge(params, self.dropout.keys(key, rows)))
+            return self.decoder.merge(params, gradient_sum)
+        return self.dropout.decoder.merge(merge(params, self.dropout.keys(key, rows)), gradient_sum)
 
     def loss(
         self, model: Decoder, micro: Batch, totals: Scalars, statistics: Statistics | None
@@ -77,32 +80,52 @@ class LossSums:
         statistics: Statistics | None = None,
         key: Array | None = None,
     ) -> tuple[Params, Scalars, Metrics]:
-        """Gradient of the loss, added up in one f32 buffer over several accumulation steps, in the compute dtype of a
-        single one; with sums and metrics. Without `statistics` the batch is all that they are taken over; without a key
-        nothing is dropped."""
+        """Gradient of the loss, of several accumulation steps in f32, of a single one in the compute dtype; with sums
+        and metrics. Without `statistics` the batch is all that they are taken over; without a key nothing is dropped.
+
+        Over several steps the layers' gradients are added up as they are made (`models/gradient_sum.py`): beside the
+        sum only those of one layer and of what is no layer exist.
+        """
         compute, rest = cast(trained, self.compute_dtype), cast(frozen, self.compute_dtype)
         if statistics is None and self.objective.needs_statistics and batch.tokens.shape[0] > 1:
             found = self.statistics(merge(trained, frozen), batch, key)
             statistics = {name: metric.value() for name, metric in found.items()}
 
-        def loss(trained: Params, numbered: tuple[Batch, Array]) -> tuple[Float[Array, ""], tuple[Any, Any]]:
+        def gradient(
+            free: Params, fixed: Params, before: GradientSum, numbered: tuple[Batch, Array]
+        ) -> tuple[Params, GradientSum, Any]:
+            """Of the `free` parameters; and `before` with that of the layers it has added."""
             micro, rows = numbered
-            return self.loss(self._model(merge(trained, rest), key, rows), micro, totals, statistics)
 
-        gradient = jax.grad(loss, has_aux=True)
+            def loss(free: Params, before: GradientSum) -> tuple[tuple[Array, GradientSum], Any]:
+                model = self._model(merge(free, fixed), key, rows, before)
+                value, aux = self.loss(model, micro, totals, statistics)
+                return (value, model.gradient_sum), aux
+
+            (value, _), pull_back, aux = jax.vjp(loss, free, before, has_aux=True)
+            return *pull_back((jnp.ones_like(value), before)), aux
+
         numbered = (batch, _row_numbers(batch))
         if batch.tokens.shape[0] == 1:
-            total, aux = gradient(compute, jax.tree.map(lambda x: x[0], numbered))
-            aux = jax.tree.map(lambda x: x[None], aux)
-            return total, *_over_micro_batches(aux)
+            whole, _, aux = gradient(compute, rest, {}, jax.tree.map(lambda x: x[0], numbered))
+            return whole, *_over_micro_batches(jax.tree.map(lambda x: x[None], aux))
+        layers, others = _split_stack(compute)
+        fixed = merge(unflatten(layers), rest)
 
-        def accumulate(total: Params, micro: tuple[Batch, Array]) -> tuple[Params, Any]:
-            part, aux = gradient(compute, micro)
-            return jax.tree.map(lambda t, p: t + p.astype(jnp.float32), total, part), aux
+        def accumulate(total: tuple[Params, GradientSum], numbered: tuple[Batch, Array]) -> tuple[Any, Any]:
+            part, of_layers, aux = gradient(others, fixed, total[1], numbered)
+            return (jax.tree.map(lambda t, p: t + p.astype(jnp.float32), total[0], part), of_layers), aux
 
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trained)
-        total, stacked = jax.lax.scan(accumulate, zeros, numbered)
-        return total, *_over_micro_batches(stacked)
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), (others, layers))
+        (of_others, of_layers), stacked = jax.lax.scan(accumulate, zeros, numbered)
+        return merge(of_others, unflatten(of_layers)), *_over_micro_batches(stacked)
+
+
+def _split_stack(params: Params) -> tuple[dict[str, Array], Params]:
+    """(the layers' parameters by path, the others)."""
+    leaves = flatten(params)
+    stacked = {path: leaf for path, leaf in leaves.items() if path.startswith(STACK)}
+    return stacked, unflatten({path: leaf for path, leaf in leaves.items() if path not in stacked})
 
 
 def cast(params: Params, dtype: Any) -> Params:

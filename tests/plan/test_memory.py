@@ -18,9 +18,11 @@ def test_a_step_compiled_for_a_chip() -> None:
     found = temporaries((HLO / "step.txt").read_text(), {6 * 1024 * 4096})
     assert found.activations == 6 * 4096 * 4096 * 2, "every layer's input, in bf16"
     assert found.gradients == 6 * 1024 * 4096 * 4
-    # Besides, the weights in bf16 (as many elements as the gradients), one gathered layer and its activations.
+    # Besides, the weights in bf16 (as many elements as the gradients), a layer's input and what comes back into it.
     weights, layer = 6 * 1024 * 4096 * 2, 4096 * 4096 * 2
-    assert found.live == pytest.approx(found.activations + found.gradients + weights + 3 * layer, abs=1024)
+    assert found.live == pytest.approx(found.activations + found.gradients + weights + 2 * layer, abs=1024)
+    # XLA's own: its `peak_memory_in_bytes` less the arguments.
+    assert found.live == pytest.approx(419_451_904, rel=1e-3)
 
 
 def test_nothing_is_a_gradient_of_what_is_not_trained() -> None:
@@ -29,10 +31,10 @@ def test_nothing_is_a_gradient_of_what_is_not_trained() -> None:
 
 
 def test_what_lies_in_vector_memory_is_not_counted() -> None:
-    """All but what collectives gather and reduce: a layer's weights and a layer's gradient, in bf16."""
+    """All that this small program makes, so that XLA finds no temporaries; what is sliced into it is no second one."""
     found = temporaries((HLO / "fsdp.txt").read_text(), {6 * 256 * 1024})
     assert (found.activations, found.gradients) == (0, 0)
-    assert found.live == pytest.approx(2 * 1024 * 1024 * 2, abs=1024)
+    assert found.live == pytest.approx(0, abs=1024)
 
 
 @pytest.mark.parametrize("remat", [False, True])

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from posttrain.config import Config
-from posttrain.plan.hlo import Instruction, Module, parse
+from posttrain.plan import traffic
+from posttrain.plan.hlo import HBM, Instruction, Module, parse
 from posttrain.plan.topology import ENVIRONMENT
 from tests.plan.test_command import TINY, config
 
@@ -27,7 +28,9 @@ from posttrain.train.loop import compile_step
 config = parse_config(json.load(sys.stdin), "test")
 setup, _ = build_step(config, None, make_mesh(config.mesh, described_devices("v5e:2x2", 1)))
 compiled = compile_step(setup).compiled
-print(json.dumps([compiled.as_text(), compiled.memory_analysis().temp_size_in_bytes]))
+memory = compiled.memory_analysis()
+peak = memory.peak_memory_in_bytes - memory.argument_size_in_bytes
+print(json.dumps([compiled.as_text(), memory.temp_size_in_bytes, peak]))
 """
 LAYERS, WIDTH, MLP = TINY["num_hidden_layers"], TINY["hidden_size"], TINY["intermediate_size"]
 HEADS, KV, HEAD = TINY["num_attention_heads"], TINY["num_key_value_heads"], TINY["head_dim"]
@@ -38,13 +41,14 @@ WEIGHTS = (WIDTH * MLP, WIDTH * HEADS * HEAD, WIDTH * KV * HEAD)
 
 
 @cache
-def compiled(written: str) -> tuple[Module, int]:
+def compiled(written: str) -> tuple[Module, int, int]:
+    """The program, its temporaries and the most that it needs at once beside its arguments, in bytes."""
     run = subprocess.run(
         [sys.executable, "-c", COMPILE], input=written, capture_output=True, text=True, env=os.environ | ENVIRONMENT
     )
     assert run.returncode == 0, run.stderr
-    text, temporaries = json.loads(run.stdout)
-    return parse(text), temporaries
+    text, temporaries, peak = json.loads(run.stdout)
+    return parse(text), temporaries, peak
 
 
 @pytest.fixture
@@ -54,7 +58,7 @@ def step(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
     directory = Path(tmp_path_factory.getbasetemp()) / "regressions"
     directory.mkdir(exist_ok=True)
     found: Config = config(directory, mesh=request.param, data={"row_length": ROW, "max_length": ROW})
-    return compiled(json.dumps(found.model_dump(mode="json"), sort_keys=True))
+    return compiled(json.dumps(found.model_dump(mode="json"), sort_keys=True))[:2]
 
 
 FSDP = pytest.mark.parametrize("step", [{"fsdp": 4}], indirect=True, ids=["fsdp 4"])
@@ -122,3 +126,55 @@ def test_memory_of_the_step(step: tuple[Module, int]):
     logits = 3 * 4 * ROW * TINY["vocab_size"]
     inputs, own = LAYERS * 2 * ROW * WIDTH, 2 * ROW * (10 * WIDTH + 4 * MLP)
     assert temporaries < 2 * stored + inputs + own + 2 * TABLE + logits + 4 * 2 * layer
+
+
+WIDE = TINY | {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+}
+"""So large that the compiler keeps nothing of all layers in vector memory."""
+
+
+def test_gradients_add_up_in_place(tmp_path: Path):
+    """Over four accumulation steps their f32 sum takes the place of the bf16 gradient of one. Beside it is the gradient
+    of one layer, and that of the tables; within the loops nothing but the weights is as large as the sum."""
+    pytest.importorskip("libtpu")
+    programs = []
+    for rows in (4, 16):
+        train, data = {"global_batch_size": rows, "micro_batch_size": 4}, {"row_length": ROW, "max_length": ROW}
+        found = config(tmp_path, mesh={"fsdp": 4}, train=train, data=data)
+        (tmp_path / "config.json").write_text(json.dumps(WIDE))
+        programs.append(compiled(json.dumps(found.model_dump(mode="json"), sort_keys=True)))
+    (_, _, single), (module, _, several) = programs
+    D, L = WIDE["hidden_size"], WIDE["num_hidden_layers"]
+    matrices = [D * WIDE["intermediate_size"] // 4] * 3 + [D * D // 4] * 2 + [D * D // 8] * 2
+    layer, tables = sum(matrices), 2 * WIDE["vocab_size"] * D // 4
+    assert several - single < 2 * (L * layer + tables) + 2 * tables + 4 * layer
+
+    handed_on = ("parameter", "get-tuple-element", "tuple", "while", "bitcast")
+    fused = {
+        name for c in module.computations.values() for i in c if i.opcode == "fusion" for name in i.called("calls")
+    }
+    loops = [c for name, c in module.computations.items() if name != module.entry.name and name not in fused]
+    made = [
+        (instruction, shape)
+        for computation in loops
+        for instruction in computation
+        for shape in instruction.shapes
+        if instruction.opcode not in handed_on
+        and shape.dims[:1] == (L,)
+        and math.prod(shape.dims) // L in matrices
+        and shape.space == HBM
+    ]
+    sums = [instruction for instruction, shape in made if shape.dtype == "f32"]
+    assert len(sums) == len(matrices)
+    for instruction in sums:
+        body = module.computations[instruction.called("calls")[0]]
+        assert traffic.updated(body, body.root.name) is not None, f"{instruction.name} is not changed in place"
+    # Weights are moved; a gradient in the compute dtype would be computed, or begin as zeros.
+    others = {instruction.opcode for instruction, shape in made if shape.dtype != "f32"}
+    assert not others & {"fusion", "dynamic-update-slice", "broadcast"}, others
