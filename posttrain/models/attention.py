@@ -176,7 +176,7 @@ def _unfold(x: Float[Array, "B K M H"], T: int) -> Float[Array, "B T N H"]:
 # Tokens a block, and how many key blocks a tile may span. Smaller blocks waste less on the diagonal and at segment
 # boundaries, larger tiles bring the matrix products nearer to peak.
 BLOCK = 128
-TILE_WIDTHS = (2, 1)
+TILE_WIDTHS = (4, 3, 2, 1)
 
 
 def chunked(
