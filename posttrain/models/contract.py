@@ -138,8 +138,8 @@ def _axes(names: Names, shape: Sequence[int], mesh: AbstractMesh) -> list[tuple[
 def _product(a: Array, b: Array, axes: int | tuple[tuple[int, ...], tuple[int, ...]]) -> Array:
     """`jnp.tensordot` in the dtype of both, added up in f32.
 
-    Of bf16 on a mesh of CPUs the f32 result is asked for and rounded afterwards: XLA:CPU has kernels for that alone,
-    which on cores with matrix units are five times as fast as f32, and computes a bf16 result in f32 otherwise.
+    Of bf16 on a mesh of CPUs the f32 result is asked for and rounded afterwards: for that alone XLA:CPU has kernels,
+    which use a core's matrix units. For a bf16 result it widens the operands and multiplies in f32.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     wide = a.dtype == jnp.bfloat16 and device is not None and device.platform == "cpu"
