@@ -13,6 +13,7 @@ from rich.table import Table
 from posttrain.config import Config
 from posttrain.errors import UserError
 from posttrain.experiment import build
+from posttrain.models.decoder import STACK
 from posttrain.parallel.sharding import flatten
 from posttrain.records import Params
 from posttrain.train.checkpoint import Checkpoints
@@ -88,10 +89,10 @@ def gradient_norms(gradients: Params) -> dict[str, float]:
     """Euclidean norm of every parameter's gradient; stacked ones layer by layer, as `layers[3]/attn/q/kernel`."""
     norms: dict[str, float] = {}
     for path, leaf in flatten(gradients).items():
-        if path.startswith("layers/"):
+        if path.startswith(STACK):
             squares = jax.jit(lambda g: (g * g).reshape(g.shape[0], -1).sum(axis=1))(leaf)
             per_layer = np.sqrt(np.asarray(squares, np.float64))
-            norms |= {f"layers[{i}]/{path.removeprefix('layers/')}": float(norm) for i, norm in enumerate(per_layer)}
+            norms |= {f"layers[{i}]/{path.removeprefix(STACK)}": float(norm) for i, norm in enumerate(per_layer)}
         else:
             norms[path] = float(np.sqrt(np.asarray(jax.jit(lambda g: (g * g).sum())(leaf), np.float64)))
     return norms

@@ -23,6 +23,9 @@ from posttrain.models.rope import rope_angles
 from posttrain.parallel.sharding import constrain, flatten, unflatten
 from posttrain.records import Batch, Leaf, Params, RouterStats
 
+STACK = "layers/"
+"""How the paths of stacked parameters begin."""
+
 Remat = Literal["none", "minimal", "dots", "full", "offload"]
 
 
@@ -315,7 +318,7 @@ def abstract_decoder(
     variables = {"/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
     shapes = {path: v.get_value() for path, v in variables.items()}
     axes = {
-        path: ("layers", *v.get_metadata("axes")) if path.startswith("layers/") else v.get_metadata("axes")
+        path: ("layers", *v.get_metadata("axes")) if path.startswith(STACK) else v.get_metadata("axes")
         for path, v in variables.items()
     }
     return AbstractDecoder(graph, unflatten(shapes), axes, options or ComputeOptions())

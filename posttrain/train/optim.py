@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, UInt32
 
 from posttrain.config import OptimizerConfig
 from posttrain.errors import UserError
+from posttrain.models.decoder import STACK
 from posttrain.parallel.sharding import Selection, flatten, select, unflatten
 from posttrain.records import Leaf, Params
 
@@ -205,10 +206,6 @@ def _written_once(first: Float32[Array, "..."], second: Float32[Array, "..."]) -
         return jax.lax.optimization_barrier((first, second))
 
     return jax.lax.platform_dependent(first, second, cpu=apart, default=lambda first, second: (first, second))
-
-
-STACK = "layers/"
-"""How the paths of stacked parameters begin."""
 
 
 def gradient_norm(gradients: Params) -> Float[Array, ""]:

@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from posttrain.models.decoder import AbstractDecoder, Decoder
+from posttrain.models.decoder import STACK, AbstractDecoder, Decoder
 from posttrain.models.gradient_sum import GradientSum
 from posttrain.models.lora import Dropout
 from posttrain.parallel.sharding import flatten, unflatten
 from posttrain.records import Batch, Metric, Metrics, Objective, Params, Scalars, Statistics, TrainState
-from posttrain.train.optim import STACK, Optimizer, gradient_norm
+from posttrain.train.optim import Optimizer, gradient_norm
 
 
 @dataclass(frozen=True)

@@ -202,9 +202,10 @@ def test_the_template_that_fits() -> None:
 @pytest.mark.acceptance
 @pytest.mark.parametrize(("name", "real"), [(name, real) for name, reals in REAL.items() for real in reals])
 def test_chats_without_tools_render_as_the_real_template_does(name: str, real: str) -> None:
-    file = Path(os.environ.get("POSTTRAIN_TRL_TEMPLATES") or "/nonexistent") / f"{real}.jinja"
-    if not file.is_file():
-        pytest.skip("POSTTRAIN_TRL_TEMPLATES does not name the chat_templates folder of a TRL wheel")
+    folder = Path(os.environ.get("POSTTRAIN_TEMPLATES") or "/nonexistent") / "trl"
+    if not folder.is_dir():
+        pytest.skip("POSTTRAIN_TEMPLATES names no folder with a folder trl, the chat_templates of its wheel")
+    file = folder / f"{real}.jinja"
     ours = load(name)
     theirs = Tokenizer.load(str(FIXTURE), add_special_tokens=BUILTIN_TEMPLATES[name].tokens, chat_template=str(file))
     # Gemma 1 and 2 have no system role; Qwen writes a system message of its own where there is none.
